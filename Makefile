@@ -1,0 +1,72 @@
+# Each target sets itself up: it needs Python 3.11 or newer and make only.
+#   make demo SEED=1          make bench PEERS=DIR
+#   make demo PYTHON=/path/to/python3.12
+
+PYTHON ?= python3
+SEED ?= 0
+BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+RUFF_PATHS := $(wildcard configs experiments pallas_kernels r1jax tests)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all test-slow test-tpu test-tpu-smoke lint format \
+	bench setup setup-tpu
+
+help:
+	@echo 'make demo [SEED=0]        train and evaluate R1-Zero in miniature'
+	@echo 'make test                 fast tests'
+	@echo 'make test-all             fast and slow tests'
+	@echo 'make test-tpu             compile for real TPUs (downloads libtpu)'
+	@echo 'make lint | format        check or mend the style'
+	@echo 'make bench [PEERS=DIR]    speed, beside other projects if given'
+
+demo: .venv/.installed
+	$(BIN)/python -m experiments.demo --workdir=runs/demo --seed=$(SEED)
+
+bench: .venv/.installed
+	$(BIN)/python -m experiments.bench $(if $(PEERS),--peers=$(PEERS))
+
+test: .venv/.installed
+	$(PYTEST) -q -m 'not slow and not tpu and not tpu_smoke'
+
+test-slow: .venv/.installed
+	$(PYTEST) -q -m 'slow and not tpu and not tpu_smoke'
+
+test-all: .venv/.installed
+	$(PYTEST) -q -m 'not tpu and not tpu_smoke'
+
+test-tpu: .venv/.installed-tpu
+	$(PYTEST) -q -m 'tpu or tpu_smoke'
+
+test-tpu-smoke: .venv/.installed-tpu
+	$(PYTEST) -q -m tpu_smoke
+
+lint: .venv/.installed
+	$(BIN)/ruff check $(RUFF_PATHS)
+	$(BIN)/ruff format --check $(RUFF_PATHS)
+
+format: .venv/.installed
+	$(BIN)/ruff check --fix $(RUFF_PATHS)
+	$(BIN)/ruff format $(RUFF_PATHS)
+
+setup: .venv/.installed
+setup-tpu: .venv/.installed-tpu
+
+# The stamp is written last, so an installation cut short starts again.
+.venv/.installed: setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  2>/dev/null || { \
+	  echo "error: r1jax needs Python 3.11 or newer, and '$(PYTHON)' is not;" \
+	    "name another: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	@echo 'Installing r1jax into .venv (a few minutes, once).'
+	@$(PIP) install -e '.[dev]'
+	@touch $@
+
+# libtpu is fitted to one jax: the one that is already there.
+.venv/.installed-tpu: .venv/.installed
+	@echo 'Installing libtpu into .venv (a large download, once).'
+	@$(PIP) install "jax[tpu]==$$($(BIN)/python -c \
+	  'import jax; print(jax.__version__)')"
+	@touch $@

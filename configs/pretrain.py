@@ -1,0 +1,68 @@
+"""A base model for the demo: arithmetic within 100, as a real corpus is.
+
+  python -m experiments.pretrain --config=configs/pretrain.py \
+      --workdir=runs/base
+
+The corpus is a mixture on purpose: clean worked solutions are the smaller
+part, so that the base knows how to reason but seldom does. All numbers ours.
+"""
+
+import ml_collections
+
+from configs.model import tiny
+
+
+def get_config() -> ml_collections.ConfigDict:
+  return ml_collections.ConfigDict(
+    {
+      'seed': 0,
+      'model': tiny.get_config(),
+      'data': get_corpus(maximum=100),
+      'tokenizer': '',  # The one that ships.
+      'row_length': 144,  # tokens
+      'batch_size': 16,  # rows
+      'eval_rows': 64,
+      'mtp_coef': 0.3,  # λ, as V3's first 10 T tokens.
+      'optim': {
+        'peak_lr': 2.5e-3,
+        'warmup_steps': 40,
+        'schedule': 'cosine',
+        'final_lr_ratio': 0.1,
+        'b1': 0.9,  # As V3, also the next three.
+        'b2': 0.95,
+        'weight_decay': 0.1,
+        'clip_norm': 1.0,
+      },
+      'train': {
+        'num_steps': 1300,
+        'num_microbatches': 1,
+        'bias_update_speed': 1e-3,  # γ, as V3.
+        'balance_coef': 1e-4,  # α, as V3.
+        'checkpoint_every': 200,  # steps
+        'max_to_keep': 2,
+        'eval_every': 200,  # steps
+        'reference_every': 0,
+      },
+      'mesh': {'data': -1, 'fsdp': 1},  # All devices.
+      'init_from': '',
+    }
+  )
+
+
+def get_corpus(maximum: int) -> ml_collections.ConfigDict:
+  """The mixture; shares of documents."""
+  return ml_collections.ConfigDict(
+    {
+      'arithmetic': {
+        'maximum': maximum,  # Operands and results lie in [0, maximum].
+        'languages': ('en', 'zh'),
+        'good_guess': 0.75,  # Divisions that try the right digit first.
+      },
+      'clean': 0.15,
+      'wrong': 0.07,
+      'missing_tags': 0.25,
+      'no_reasoning': 0.45,
+      'other_language': 0.04,
+      'mixed_language': 0.04,
+    }
+  )

@@ -1,0 +1,1 @@
+"""Programs: one per thing a user does."""

@@ -1,0 +1,189 @@
+"""Completes a prompt with a workdir's newest checkpoint, as it is sampled.
+
+  python -m experiments.generate --workdir=runs/demo/seed_0/r1_zero \
+      --prompt='What is 37+45?'
+
+Without --prompt it asks for one line after another until Ctrl-D.
+"""
+
+import json
+import sys
+import typing
+from collections.abc import Iterator
+
+from absl import flags
+from etils import epath
+
+from experiments import app
+from r1jax import config as config_lib
+
+if typing.TYPE_CHECKING:
+  from r1jax.data import tokenizer as tokenizer_lib
+
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'The run whose model answers.', required=True
+)
+_PROMPT = flags.DEFINE_string(
+  'prompt',
+  None,
+  'What to complete; \\n stands for a newline. Without it, every line of the '
+  'standard input is a prompt.',
+)
+_ADD_NEWLINE = flags.DEFINE_bool(
+  'add_newline',
+  True,
+  'End a prompt that does not with a newline, as arithmetic prompts do.',
+)
+_TEMPERATURE = flags.DEFINE_float('temperature', 1.0, '0 is greedy.')
+_TOP_K = flags.DEFINE_integer(
+  'top_k', 0, 'Sample from so many best tokens; 0: from all.'
+)
+_TOP_P = flags.DEFINE_float(
+  'top_p', 1.0, 'Sample from the best tokens that hold this probability.'
+)
+_MAX_NEW_TOKENS = flags.DEFINE_integer(
+  'max_new_tokens', None, 'Longest completion; default: the context.', 1
+)
+_SEED = flags.DEFINE_integer('seed', 0, 'Of sampling; the n-th prompt differs.')
+
+
+def main() -> None:
+  from r1jax.recipe import pretrain
+  from r1jax.recipe import stage as stage_lib
+  from r1jax.sampling import filters
+
+  try:
+    sampling = filters.SamplingConfig(
+      _TEMPERATURE.value, _TOP_K.value, _TOP_P.value
+    )
+  except ValueError as e:
+    raise config_lib.UserError(f'--{e}') from e
+  model = stage_lib.load_model_config(_WORKDIR.value)
+  tokenizer = pretrain.load_tokenizer(_tokenizer_path(), model)
+  encode = lambda text: encode_prompt(text, tokenizer, model.max_length)
+  if _PROMPT.value is not None:
+    encode(_PROMPT.value)  # What cannot be is said before anything is loaded.
+  complete = _make_complete(model, tokenizer, sampling)
+  for index, text in enumerate(_prompts()):
+    try:
+      prompt_ids = encode(text)
+    except config_lib.UserError as e:
+      if not _is_conversation():
+        raise
+      print(f'error: {e}', file=sys.stderr)
+      continue
+    complete(prompt_ids, index)
+
+
+def encode_prompt(
+  text: str, tokenizer: 'tokenizer_lib.Tokenizer', context: int
+) -> list[int]:
+  """Returns bos and the prompt's tokens.
+
+  Raises:
+    UserError: No text, or it leaves no room in the context of so many tokens.
+  """
+  text = text.replace('\\n', '\n')
+  if _ADD_NEWLINE.value and not text.endswith('\n'):
+    text += '\n'
+  try:
+    ids = [tokenizer.bos_id, *tokenizer.encode(text)]
+  except UnicodeEncodeError as e:
+    raise config_lib.UserError('the prompt is not UTF-8 text') from e
+  if len(ids) >= context:
+    raise config_lib.UserError(
+      f'the prompt has {len(ids)} tokens, model.max_length={context} must '
+      'hold it and a completion'
+    )
+  return ids
+
+
+def _make_complete(model, tokenizer, sampling):
+  """Loads the model; returns complete(prompt_ids, index), which prints."""
+  app.set_up_jax(default_host_devices=1)
+  import jax
+  import rich.console
+
+  from r1jax.evaluate import transcript
+  from r1jax.parallel import mesh as mesh_lib
+  from r1jax.recipe import stage as stage_lib
+  from r1jax.sampling import stream
+
+  # One row has no use for a second device.
+  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(), jax.devices()[:1])
+  variables, step = stage_lib.load_variables(
+    _WORKDIR.value, stage_lib.abstract_variables(model, mesh), say=_note
+  )
+  _note(f'step {step} of {_WORKDIR.value}')
+  sample = stream.Stream(
+    model,
+    variables,
+    sampling=sampling,
+    stop_ids=(tokenizer.eos_id,),
+    pad_id=tokenizer.pad_id,
+  )
+  console = rich.console.Console()
+  key = jax.random.key(_SEED.value)
+
+  def complete(prompt_ids: list[int], index: int) -> None:
+    limit = _MAX_NEW_TOKENS.value or model.max_length
+    writer = transcript.Writer(tokenizer, console)
+    token, count = None, 0
+    if index:
+      console.out()
+    try:
+      for token in sample(
+        prompt_ids, jax.random.fold_in(key, index), max_new_tokens=limit
+      ):
+        writer.write(token)
+        count += 1
+    finally:
+      writer.close()
+    if token != tokenizer.eos_id:
+      reason = 'max_new_tokens' if count == limit else 'the context is full'
+      _note(f'stopped after {count} tokens: {reason}')
+
+  return complete
+
+
+def _tokenizer_path() -> str:
+  """The tokenizer that the run was trained with."""
+  path = epath.Path(_WORKDIR.value) / 'config.json'
+  return json.loads(path.read_text()).get('tokenizer', '')
+
+
+def _prompts() -> Iterator[str]:
+  """The prompt of the flag, or the lines of the standard input."""
+  if _PROMPT.value is not None:
+    yield _PROMPT.value
+    return
+  if not _is_conversation():
+    sys.stdin.reconfigure(errors='surrogateescape')
+    for line in sys.stdin:
+      if line.strip():
+        yield line.rstrip('\n')
+    return
+  import readline  # noqa: F401  Arrow keys and history for input().
+
+  _note('a prompt a line; Ctrl-D ends')
+  while True:
+    try:
+      line = input('> ')
+    except EOFError:
+      print()
+      return
+    if line.strip():
+      yield line
+
+
+def _is_conversation() -> bool:
+  return _PROMPT.value is None and sys.stdin.isatty()
+
+
+def _note(line: str) -> None:
+  """Not on stdout, which holds the completion alone."""
+  print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == '__main__':
+  app.run(main)

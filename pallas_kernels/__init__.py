@@ -1,0 +1,1 @@
+"""Kernels, each with its reference; the ground floor: imports jax only."""

@@ -1,0 +1,1 @@
+"""Tasks, text, tokens: everything up to a batch; never a model."""

@@ -1,0 +1,1 @@
+"""Generated tasks: problems with random access and known answers."""

@@ -1,0 +1,1 @@
+"""Scores of sampled completions, and how they are shown."""

@@ -1,0 +1,1 @@
+"""The transformer: pure functions, and linen modules that hold parameters."""

@@ -1,0 +1,53 @@
+"""RMSNorm, dense projection and SwiGLU."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from r1jax.parallel import sharding
+
+
+class RmsNorm(nn.Module):
+  """x / rms(x) · scale, in float32 inside.
+
+  Source: Zhang & Sennrich, arXiv:1910.07467.
+  """
+
+  eps: float
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale_D = sharding.param(self, 'scale', x.shape[-1:], (None,), std=None)
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(
+      jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps
+    )
+    return (x32 * inverse * scale_D).astype(self.dtype)
+
+
+class SwiGlu(nn.Module):
+  """Gated feed-forward: down(silu(gate(x)) · up(x)).
+
+  Source: Shazeer, arXiv:2002.05202.
+  """
+
+  hidden_dim: int
+  init_std: float
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    D, F = x_BTD.shape[-1], self.hidden_dim
+    param = functools.partial(sharding.param, self, std=self.init_std)
+    gate_DF = param('gate', (D, F), ('embed', 'mlp'))
+    up_DF = param('up', (D, F), ('embed', 'mlp'))
+    down_FD = param('down', (F, D), ('mlp', 'embed'))
+    x_BTD, gate_DF, up_DF, down_FD = nn.dtypes.promote_dtype(
+      x_BTD, gate_DF, up_DF, down_FD, dtype=self.dtype
+    )
+    h_BTF = nn.silu(jnp.einsum('BTD,DF->BTF', x_BTD, gate_DF))
+    h_BTF *= jnp.einsum('BTD,DF->BTF', x_BTD, up_DF)
+    return jnp.einsum('BTF,FD->BTD', h_BTF, down_FD)

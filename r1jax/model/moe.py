@@ -1,0 +1,95 @@
+"""DeepSeekMoE: routed experts, dropless and exact, beside shared ones."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.grouped_matmul import ops as grouped
+from r1jax.model import config as model_config
+from r1jax.model import layers, router
+from r1jax.parallel import sharding
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MoeMetrics:
+  """What a layer reports of its routing.
+
+  Attributes:
+    counts_E: float32 choices per expert over the real tokens of the batch.
+    balance_B: float32 sequence-wise balance loss of each row, before α.
+  """
+
+  counts_E: jax.Array
+  balance_B: jax.Array
+
+
+class Moe(nn.Module):
+  """out = Σ_k w_k FFN_k(x) + FFN_shared(x).
+
+  Source: DeepSeek-V3, arXiv:2412.19437, eq. 12-16.
+  """
+
+  config: model_config.MoeConfig
+  init_std: float
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(
+    self, x_BTD: jax.Array, keep_BT: jax.Array
+  ) -> tuple[jax.Array, MoeMetrics]:
+    """Runs each token's experts; tokens with keep 0 are not counted."""
+    c = self.config
+    D, E, F = x_BTD.shape[-1], c.num_experts, c.expert_dim
+    param = functools.partial(sharding.param, self, std=self.init_std)
+    router_DE = param('router', (D, E), ('embed', None))
+    gate_EDF = param('gate', (E, D, F), ('experts', 'embed', 'mlp'))
+    up_EDF = param('up', (E, D, F), ('experts', 'embed', 'mlp'))
+    down_EFD = param('down', (E, F, D), ('experts', 'mlp', 'embed'))
+    bias_E = self.variable('router', 'bias', jnp.zeros, (E,), jnp.float32)
+
+    with jax.named_scope('router'):
+      logits_BTE = jnp.einsum(
+        'BTD,DE->BTE',
+        x_BTD.astype(jnp.float32),
+        router_DE,
+        precision=jax.lax.Precision.HIGHEST,
+      )
+      score_BTE = router.scores(logits_BTE, c.score)
+      expert_BTK, weight_BTK = router.route(score_BTE, bias_E.value, config=c)
+      metrics = MoeMetrics(
+        counts_E=router.counts(expert_BTK, keep_BT, E),
+        balance_B=router.sequence_balance(score_BTE, keep_BT, top_k=c.top_k),
+      )
+    with jax.named_scope('experts'):
+      weights = (gate_EDF, up_EDF, down_EFD)
+      out_BTD = sharding.per_shard_here(
+        functools.partial(_run_experts, block=c.block),
+        (True, True, True, False),
+      )(
+        x_BTD,
+        expert_BTK,
+        weight_BTK.astype(self.dtype),
+        tuple(w.astype(self.dtype) for w in weights),
+      )
+    if c.num_shared:
+      shared = layers.SwiGlu(
+        c.num_shared * F, self.init_std, self.dtype, name='shared'
+      )
+      out_BTD = out_BTD + shared(x_BTD)
+    return out_BTD, metrics
+
+
+def _run_experts(x_BTD, expert_BTK, weight_BTK, weights, *, block):
+  """The routed part on the tokens of one device."""
+  B, T, D = x_BTD.shape
+  K, E = expert_BTK.shape[-1], weights[0].shape[0]
+  expert_TK = expert_BTK.reshape(B * T, K)
+  plan = grouped.make_plan(expert_TK, E, min(block, max(B * T * K // E, 1)))
+  x_mD = grouped.dispatch(x_BTD.reshape(B * T, D), plan)
+  y_mD = grouped.grouped_swiglu(x_mD, *weights, plan)
+  out_TD = grouped.combine(y_mD, weight_BTK.reshape(B * T, K), plan)
+  return out_TD.reshape(B, T, D)

@@ -1,0 +1,321 @@
+"""The one transformer: embedding, dense then MoE blocks, norm, head, MTP."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from r1jax.model import block as block_lib
+from r1jax.model import cache as cache_lib
+from r1jax.model import config as model_config
+from r1jax.model import layers, mla, moe, rope
+from r1jax.model import router as router_lib
+from r1jax.parallel import sharding
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Output:
+  """What a call of the transformer returns.
+
+  Attributes:
+    hidden_BTD: After the final norm; times the head it gives the logits of
+      the next token.
+    mtp_hidden: For depth k = 1…M, [B, T, D] after its own norm; times the
+      head it gives the logits of token t + k + 1. Empty unless asked for.
+    cache: The cache with this call's tokens, None if none was given.
+    moe: Stacked over the MoE layers of the main model, then of MTP (when
+      asked for): counts [L, E], balance [L, B]; None without experts.
+  """
+
+  hidden_BTD: jax.Array
+  mtp_hidden: tuple[jax.Array, ...]
+  cache: cache_lib.LatentCache | None
+  moe: moe.MoeMetrics | None
+
+
+class MtpModule(nn.Module):
+  """Depth-k module: h' = M [norm(Emb(t_{i+k})); norm(h)], then one block.
+
+  Source: DeepSeek-V3, arXiv:2412.19437, §2.2; the order of the two halves is
+  that of the released weights, the reverse of eq. 21.
+  """
+
+  config: model_config.ModelConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    hidden_BTD: jax.Array,
+    embedded_BTD: jax.Array,
+    context: block_lib.Context,
+  ) -> tuple[jax.Array, jax.Array, moe.MoeMetrics | None]:
+    """Returns the chain's hidden state, its normed form, and metrics."""
+    c, dtype = self.config, jnp.dtype(self.config.dtype)
+    norm = lambda name: layers.RmsNorm(c.norm_eps, dtype, name=name)
+    D = c.embed_dim
+    project_ED = sharding.param(
+      self, 'project', (2 * D, D), (None, 'embed'), std=c.init_std
+    )
+    both_BTE = jnp.concatenate(
+      [norm('embed_norm')(embedded_BTD), norm('hidden_norm')(hidden_BTD)],
+      axis=-1,
+    )
+    x_BTD = jnp.einsum('BTE,ED->BTD', both_BTE, project_ED.astype(dtype))
+    block = _block_class(c)(c, is_moe=c.moe is not None, name='block')
+    x_BTD, _, metrics = block(x_BTD, context, None, 0)
+    return x_BTD, norm('final_norm')(x_BTD), metrics
+
+
+class Transformer(nn.Module):
+  """DeepSeek-V3-shaped language model; `apply` is the only way in."""
+
+  config: model_config.ModelConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens_BT: jax.Array,
+    *,
+    segment_BT: jax.Array | None = None,
+    position_BT: jax.Array | None = None,
+    cache: cache_lib.LatentCache | None = None,
+    decode: bool = False,
+    mtp: bool = False,
+  ) -> Output:
+    """Computes hidden states.
+
+    Args:
+      tokens_BT: int32.
+      segment_BT: int32 document of each token, 0 is padding; default all 1.
+      position_BT: int32 position inside the document; default 0, 1, ….
+      cache: Receives this call's latents.
+      decode: Attend to everything in the cache (absorbed form); else to the
+        tokens of this call only (expanded form: training and prefill).
+      mtp: Also run the multi-token-prediction modules.
+
+    Raises:
+      ValueError: decode without a cache.
+    """
+    c = self.config
+    if decode and cache is None:
+      raise ValueError('decode=True needs a cache')
+    B, T = tokens_BT.shape
+    if segment_BT is None:
+      segment_BT = jnp.ones((B, T), jnp.int32)
+    if position_BT is None:
+      position_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    embedding_VD = sharding.param(
+      self,
+      'embedding',
+      (c.vocab_size, c.embed_dim),
+      ('vocab', 'embed'),
+      std=c.init_std,
+    )
+    if not c.tie_embeddings:
+      sharding.param(
+        self,
+        'head',
+        (c.embed_dim, c.vocab_size),
+        ('embed', 'vocab'),
+        std=c.init_std,
+      )
+    embed = lambda t: jnp.take(embedding_VD, t, axis=0).astype(c.dtype)
+    filled = None
+    if cache is not None:
+      # Slots are taken first: decode attends to its own tokens as well.
+      filled = cache.advance(segment_BT, position_BT)
+    context = self._context(segment_BT, position_BT, filled if decode else None)
+
+    x_BTD = sharding.constrain(
+      embed(tokens_BT), ('batch', 'length', 'act_embed')
+    )
+    x_BTD, cache, metrics = self._run_stacks(x_BTD, context, cache, decode)
+    hidden_BTD = layers.RmsNorm(c.norm_eps, jnp.dtype(c.dtype), name='norm')(
+      x_BTD
+    )
+    if cache is not None:
+      cache = dataclasses.replace(filled, layers=cache.layers)
+
+    mtp_hidden = []
+    if mtp and c.mtp_depth:
+      chain_BTD = hidden_BTD if c.mtp_after_norm else x_BTD
+      for k in range(1, c.mtp_depth + 1):
+        ahead_BT = jnp.roll(tokens_BT, -k, axis=1)
+        module = MtpModule(c, name=f'mtp_{k}')
+        chain_BTD, out_BTD, m = module(chain_BTD, embed(ahead_BT), context)
+        mtp_hidden.append(out_BTD)
+        metrics.append(jax.tree.map(lambda x: x[None], m))
+    metrics = [m for m in metrics if m is not None]
+    stacked = (
+      jax.tree.map(lambda *xs: jnp.concatenate(xs), *metrics)
+      if metrics
+      else None
+    )
+    return Output(hidden_BTD, tuple(mtp_hidden), cache, stacked)
+
+  @nn.compact
+  def logits(self, tokens_BT: jax.Array, **kwargs: Any) -> jax.Array:
+    """Float32 logits of the next token, [B, T, V]; arguments as __call__."""
+    hidden_BTD = self(tokens_BT, **kwargs).hidden_BTD
+    params = self.variables['params']
+    head_DV = head(params, self.config)
+    return jnp.einsum(
+      'BTD,DV->BTV',
+      hidden_BTD,
+      head_DV.astype(hidden_BTD.dtype),
+      preferred_element_type=jnp.float32,
+    )
+
+  def _context(self, segment_BT, position_BT, filled):
+    """Rotation and mask, once for all blocks."""
+    attention = self.config.attention
+    if filled is None:
+      keys = segment_BT, position_BT
+    else:
+      keys = filled.segment_BS, filled.position_BS
+    return block_lib.Context(
+      cos_sin=rope.cos_sin(
+        position_BT, attention.rope, attention.rope_head_dim
+      ),
+      mask_BTS=mla.attention_mask(segment_BT, position_BT, *keys),
+      keep_BT=segment_BT > 0,
+    )
+
+  def _run_stacks(self, x_BTD, context, cache, decode):
+    """The dense blocks, then the MoE blocks; one metrics tree per stack."""
+    c, metrics = self.config, []
+    num_moe = c.num_layers - c.num_dense_layers
+    stacks = (
+      ('dense', False, 0, c.num_dense_layers),
+      ('moe', True, c.num_dense_layers, num_moe),
+    )
+    for name, is_moe, first, count in stacks:
+      if not count:
+        continue
+      run = self._scan if c.scan_layers else self._unroll
+      x_BTD, cache, m = run(
+        name, is_moe, first, count, x_BTD, context, cache, decode
+      )
+      metrics.append(m)
+    return x_BTD, cache, metrics
+
+  def _scan(self, name, is_moe, first, count, x_BTD, context, cache, decode):
+    def body(block, carry, layer):
+      x_BTD, cache = carry
+      x_BTD, cache, m = block(x_BTD, context, cache, layer)
+      return (x_BTD, cache), m
+
+    scan = nn.scan(
+      body,
+      variable_axes={'params': 0, 'router': 0},
+      split_rngs={'params': True},
+      length=count,
+      metadata_params={nn.PARTITION_NAME: 'layers'},
+    )
+    block = _block_class(self.config)(self.config, is_moe, decode, name=name)
+    (x_BTD, cache), m = scan(
+      block, (x_BTD, cache), first + jnp.arange(count, dtype=jnp.int32)
+    )
+    return x_BTD, cache, m
+
+  def _unroll(self, name, is_moe, first, count, x_BTD, context, cache, decode):
+    metrics = []
+    for i in range(count):
+      block = _block_class(self.config)(
+        self.config, is_moe, decode, name=f'{name}_{i}'
+      )
+      x_BTD, cache, m = block(x_BTD, context, cache, first + i)
+      metrics.append(m)
+    if not is_moe:
+      return x_BTD, cache, None
+    return x_BTD, cache, jax.tree.map(lambda *xs: jnp.stack(xs), *metrics)
+
+
+def _block_class(config: model_config.ModelConfig) -> type[nn.Module]:
+  if not config.remat:
+    return block_lib.Block
+  return nn.remat(block_lib.Block, prevent_cse=not config.scan_layers)
+
+
+def head(params: Any, config: model_config.ModelConfig) -> jax.Array:
+  """The output projection, [D, V]."""
+  if config.tie_embeddings:
+    return params['embedding'].T
+  return params['head']
+
+
+def make_cache(
+  config: model_config.ModelConfig, batch: int, length: int
+) -> cache_lib.LatentCache:
+  """An empty cache that fits the model, for `length` tokens a row."""
+  a = config.attention
+  return cache_lib.make_latent_cache(
+    num_layers=config.num_layers,
+    batch=batch,
+    length=length,
+    width=a.kv_lora_rank + a.rope_head_dim,
+    dtype=jnp.dtype(config.dtype),
+    stacked=config.scan_layers,
+  )
+
+
+def init(config: model_config.ModelConfig, key: jax.Array) -> Any:
+  """Random variables with their axis names: {'params', 'router'}.
+
+  `sharding.unbox` strips the names, `sharding.tree_shardings` reads them.
+  """
+  # A row for each shard of the surrounding mesh, as its shard_maps demand.
+  tokens_BT = jnp.zeros((sharding.num_shards_here(), 2), jnp.int32)
+  variables = Transformer(config).init(key, tokens_BT, mtp=True)
+  return {'router': {}, **variables}
+
+
+def unstack_layers(variables: Any, config: model_config.ModelConfig) -> Any:
+  """From the layout of scan_layers=True to that of scan_layers=False.
+
+  Decoding unrolled reads each layer's weights in place; a loop over the
+  stack would copy them out of it at every token.
+  """
+
+  def unstack(collection):
+    out = {}
+    for name, tree in collection.items():
+      if name not in ('dense', 'moe'):
+        out[name] = tree
+        continue
+      count = jax.tree.leaves(tree)[0].shape[0]
+      for i in range(count):
+        out[f'{name}_{i}'] = jax.tree.map(lambda x, i=i: x[i], tree)
+    return out
+
+  if not config.scan_layers:
+    return variables
+  return {name: unstack(tree) for name, tree in variables.items()}
+
+
+def update_router(router: Any, counts_LE: jax.Array, *, speed: float) -> Any:
+  """Moves the router biases of every MoE layer against its load.
+
+  Args:
+    router: The collection 'router'.
+    counts_LE: Output.moe.counts_E over the whole global batch: the main
+      model's layers, then one row per MTP module. Modules that did not run
+      have no row, and keep their biases.
+    speed: γ.
+  """
+  first, updated = 0, {}
+  # moe or moe_0, moe_1, …, then mtp_1, …: by number, 2 before 10.
+  for name in sorted(router, key=lambda n: (n[:3], len(n), n)):
+    bias = jax.tree.leaves(router[name])[0]
+    rows = bias.shape[0] if bias.ndim == 2 else 1
+    last, updated[name] = first + rows, router[name]
+    if last <= counts_LE.shape[0]:
+      counts = counts_LE[first:last].reshape(bias.shape)
+      updated[name] = jax.tree.map(
+        lambda b, n=counts: router_lib.updated_bias(b, n, speed), router[name]
+      )
+    first = last
+  return updated

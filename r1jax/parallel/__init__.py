@@ -1,0 +1,1 @@
+"""Meshes and shardings: the only package that writes a PartitionSpec."""

@@ -1,0 +1,43 @@
+"""What one config alone cannot know: sizes that must fit each other."""
+
+import jax
+
+from r1jax import config as config_lib
+from r1jax.model import config as model_config
+from r1jax.parallel import sharding
+
+
+def check_rows(
+  name: str, rows: int, mesh: jax.sharding.Mesh, *, num_microbatches: int = 1
+) -> None:
+  """Rows must divide over microbatches and the devices that share a batch.
+
+  Raises:
+    UserError: They do not.
+  """
+  if rows % num_microbatches:
+    raise config_lib.UserError(
+      f'{name}={rows} must be a multiple of train.num_microbatches='
+      f'{num_microbatches}'
+    )
+  shards = sharding.num_batch_shards(mesh)
+  if rows % (num_microbatches * shards):
+    each = f' in {num_microbatches} microbatches' * (num_microbatches > 1)
+    raise config_lib.UserError(
+      f'{name}={rows}{each} does not divide over {shards} devices; on a CPU '
+      '--host_devices=1 makes it one device'
+    )
+
+
+def check_length(
+  name: str, tokens: int, model: model_config.ModelConfig
+) -> None:
+  """Sequences must fit the model's context.
+
+  Raises:
+    UserError: They do not.
+  """
+  if tokens > model.max_length:
+    raise config_lib.UserError(
+      f'{name} = {tokens} tokens exceeds model.max_length={model.max_length}'
+    )

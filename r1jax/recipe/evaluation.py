@@ -1,0 +1,187 @@
+"""Evaluates a workdir's model on held-out questions and keeps the figures."""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+
+from r1jax import config as config_lib
+from r1jax.data import question as question_lib
+from r1jax.data.tasks import arithmetic
+from r1jax.evaluate import run as run_lib
+from r1jax.evaluate import scores
+from r1jax.parallel import mesh as mesh_lib
+from r1jax.recipe import config_check, grpo, pretrain
+from r1jax.recipe import stage as stage_lib
+from r1jax.sampling import filters, generate
+from r1jax.train import progress
+from r1jax.train import workdir as workdir_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+  """An evaluation on held-out questions.
+
+  Attributes:
+    seed: Of the choice of questions and of sampling.
+    tokenizer: Path of a sentencepiece model; '' for the one that ships.
+    task: Where the questions come from.
+    num_problems: Distinct held-out questions.
+    num_samples: k, completions of each, besides a greedy one.
+    max_prompt_tokens: Longest prompt, bos included.
+    max_new_tokens: Longest completion, the stop token included.
+    sampling: Of the k completions.
+    batch_size: Completions sampled at once.
+    mesh: Devices.
+  """
+
+  seed: int
+  tokenizer: str
+  task: arithmetic.ArithmeticConfig
+  num_problems: int
+  num_samples: int
+  max_prompt_tokens: int
+  max_new_tokens: int
+  sampling: filters.SamplingConfig
+  batch_size: int
+  mesh: mesh_lib.MeshConfig
+
+  def __post_init__(self):
+    for name in ('num_problems', 'num_samples', 'batch_size'):
+      if getattr(self, name) < 1:
+        raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
+
+
+def run(
+  config: EvaluateConfig, workdir: str, say: Callable[[str], None]
+) -> dict[str, Any]:
+  """Evaluates the newest checkpoint of a workdir.
+
+  Writes evaluation.json (figures) and completions.jsonl (the greedy
+  completion of every question) there.
+
+  Returns:
+    What `scores.summarise` gives, with 'step' and 'seconds' added.
+
+  Raises:
+    UserError: The workdir holds no model, or fewer questions exist.
+  """
+  start = time.perf_counter()
+  model = stage_lib.load_model_config(workdir)
+  tokenizer = pretrain.load_tokenizer(config.tokenizer, model)
+  mesh = stage_lib.make_mesh(config.mesh)
+  config_check.check_rows('batch_size', config.batch_size, mesh)
+  config_check.check_length(
+    'max_prompt_tokens + max_new_tokens',
+    config.max_prompt_tokens + config.max_new_tokens,
+    model,
+  )
+  problems = arithmetic.evaluation_problems(
+    config.task, config.num_problems, config.seed
+  )
+  questions = [grpo.to_question(p) for p in problems]
+  prompt_PT, length_P = grpo.encode_prompts(
+    questions, tokenizer, config.max_prompt_tokens
+  )
+  variables, step = stage_lib.load_variables(
+    workdir, stage_lib.abstract_variables(model, mesh), say=say
+  )
+  make = lambda sampling: generate.make_generate(
+    model,
+    mesh,
+    max_new_tokens=config.max_new_tokens,
+    sampling=sampling,
+    stop_ids=(tokenizer.eos_id,),
+    pad_id=tokenizer.pad_id,
+  )
+  with _shown_calls(config) as shown:
+    results, greedy_ids = run_lib.evaluate(
+      questions,
+      prompt_PT,
+      length_P,
+      sampled=shown(make(config.sampling)),
+      greedy=shown(make(filters.SamplingConfig(temperature=0.0))),
+      variables=variables,
+      mesh=mesh,
+      tokenizer=tokenizer,
+      num_samples=config.num_samples,
+      batch_size=config.batch_size,
+      key=jax.random.key(config.seed),
+    )
+  summary = scores.summarise(results, seed=config.seed)
+  summary |= {'step': step, 'seconds': time.perf_counter() - start}
+  texts = [tokenizer.decode(ids) for ids in greedy_ids]
+  _write(epath.Path(workdir), config, summary, questions, texts)
+  return summary
+
+
+def load_finished(
+  config: EvaluateConfig, workdir: str, step: int
+) -> dict[str, Any] | None:
+  """What `run` returned for this config and checkpoint, if it ever did.
+
+  The mesh may differ: it does not change what is asked.
+  """
+  path = epath.Path(workdir) / 'evaluation.json'
+  try:
+    kept = json.loads(path.read_text())
+    there, at = kept.pop('config'), kept['step']
+  except (FileNotFoundError, ValueError, KeyError, TypeError):
+    return None
+  same = lambda values: {k: v for k, v in values.items() if k != 'mesh'}
+  asked = json.loads(json.dumps(config_lib.to_dict(config)))
+  return kept if at == step and same(there) == same(asked) else None
+
+
+@contextlib.contextmanager
+def _shown_calls(
+  config: EvaluateConfig,
+) -> Iterator[Callable[[run_lib.Generate], run_lib.Generate]]:
+  """Wraps generators so that each batch that is done moves the progress."""
+  sampled = math.ceil(
+    config.num_problems * config.num_samples / config.batch_size
+  )
+  greedy = math.ceil(config.num_problems / config.batch_size)
+  shown = progress.Progress(sampled + greedy, title='evaluate')
+  calls = itertools.count(1)
+
+  def wrap(generate: run_lib.Generate) -> run_lib.Generate:
+    def shown_generate(*args):
+      rollout = jax.block_until_ready(generate(*args))
+      shown.update(next(calls), {})
+      return rollout
+
+    return shown_generate
+
+  with shown:
+    yield wrap
+
+
+def _write(
+  workdir: epath.Path,
+  config: EvaluateConfig,
+  summary: dict[str, Any],
+  questions: Sequence[question_lib.Question],
+  texts: Sequence[str],
+) -> None:
+  lines = [
+    json.dumps(
+      {'prompt': q.prompt, 'gold': q.answer, 'completion': text},
+      ensure_ascii=False,
+    )
+    + '\n'
+    for q, text in zip(questions, texts, strict=True)
+  ]
+  workdir_lib.write_text(workdir / 'completions.jsonl', ''.join(lines))
+  # Last: where it stands, the other file is whole.
+  kept = summary | {'config': config_lib.to_dict(config)}
+  workdir_lib.write_text(
+    workdir / 'evaluation.json', json.dumps(kept, indent=2) + '\n'
+  )

@@ -1,0 +1,331 @@
+"""Pretraining: next-token loss, MTP loss and the sequence balance loss."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from r1jax import config as config_lib
+from r1jax import types
+from r1jax.data import corpus, loader, text
+from r1jax.data import tokenizer as tokenizer_lib
+from r1jax.losses import token
+from r1jax.model import config as model_config
+from r1jax.model import router, transformer
+from r1jax.parallel import mesh as mesh_lib
+from r1jax.parallel import sharding
+from r1jax.recipe import config_check
+from r1jax.recipe import stage as stage_lib
+from r1jax.train import optimizer
+from r1jax.train import state as state_lib
+from r1jax.train import step as step_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+  """A pretraining run.
+
+  Attributes:
+    seed: Of initialisation and data.
+    model: Shape of the model.
+    data: Generated arithmetic documents, or text from files.
+    tokenizer: Path of a sentencepiece model; '' for the one that ships.
+    row_length: Tokens of a packed row.
+    batch_size: Rows of a global batch.
+    eval_rows: Most held-out rows of an evaluation.
+    mtp_coef: λ of the MTP loss.
+    optim: Optimizer.
+    train: Loop.
+    mesh: Devices.
+    init_from: Workdir to start from; '' for random variables.
+  """
+
+  seed: int
+  model: model_config.ModelConfig
+  data: corpus.CorpusConfig | text.TextConfig
+  tokenizer: str
+  row_length: int
+  batch_size: int
+  eval_rows: int
+  mtp_coef: float
+  optim: optimizer.OptimConfig
+  train: stage_lib.TrainConfig
+  mesh: mesh_lib.MeshConfig
+  init_from: str
+
+  def __post_init__(self):
+    if self.row_length > self.model.max_length:
+      raise ValueError(
+        f'row_length={self.row_length} exceeds model.max_length='
+        f'{self.model.max_length}'
+      )
+
+
+def load_tokenizer(
+  path: str, model: model_config.ModelConfig
+) -> tokenizer_lib.Tokenizer:
+  """The tokenizer of a run, checked against its model.
+
+  Raises:
+    UserError: No such file, or more ids than the model has.
+  """
+  tokenizer = (
+    tokenizer_lib.Tokenizer.load(path) if path else tokenizer_lib.default()
+  )
+  if tokenizer.vocab_size > model.vocab_size:
+    raise config_lib.UserError(
+      f'model.vocab_size={model.vocab_size} is smaller than the '
+      f'{tokenizer.vocab_size} ids of the tokenizer'
+    )
+  return tokenizer
+
+
+class _MeshSource:
+  """Moves the batches of a host source onto the mesh."""
+
+  def __init__(self, source: loader.RowSource, mesh: jax.sharding.Mesh):
+    self._source, self._mesh = source, mesh
+    self.get_state, self.set_state = source.get_state, source.set_state
+
+  def next(self, state: Any) -> types.Batch:
+    return sharding.put_batch(self._mesh, self._source.next(state))
+
+
+def run(
+  config: PretrainConfig,
+  workdir: str,
+  *,
+  profile_steps: int = 0,
+  dry_run: bool = False,
+) -> state_lib.State | dict[str, Any]:
+  """Trains a base model in a workdir, or with dry_run only compiles.
+
+  Raises:
+    UserError: What the config asks for cannot be.
+  """
+  tokenizer = load_tokenizer(config.tokenizer, config.model)
+  mesh = stage_lib.make_mesh(config.mesh)
+  config_check.check_rows(
+    'batch_size',
+    config.batch_size,
+    mesh,
+    num_microbatches=config.train.num_microbatches,
+  )
+  train_rows, held_out_rows, num_bytes = _make_rows(config, tokenizer)
+  stage = stage_lib.Stage(
+    workdir=epath.Path(workdir),
+    model=config.model,
+    train=config.train,
+    optim=config.optim,
+    mesh=mesh,
+    seed=config.seed,
+    title='pretrain',
+    init_from=config.init_from,
+    profile_steps=profile_steps,
+  )
+  loss_fn = make_loss(
+    config.model,
+    mtp_coef=config.mtp_coef,
+    balance_coef=config.train.balance_coef,
+  )
+
+  def make_source(write):
+    del write
+    return _MeshSource(
+      loader.RowSource(
+        train_rows,
+        batch_size=config.batch_size,
+        shuffle_seed=config.seed if num_bytes else None,
+        host_index=jax.process_index(),
+        host_count=jax.process_count(),
+      ),
+      mesh,
+    )
+
+  if dry_run:
+    return stage.dry_run(loss_fn, make_source(None).next(None))
+  return stage_lib.run(
+    stage,
+    config_lib.to_dict(config),
+    loss_fn=loss_fn,
+    make_source=make_source,
+    evaluate=_make_held_out(config, held_out_rows, num_bytes, mesh),
+  )
+
+
+def _make_rows(config: PretrainConfig, tokenizer: tokenizer_lib.Tokenizer):
+  """Training rows, held-out rows, and the bytes of the latter (0: no text)."""
+  if isinstance(config.data, text.TextConfig):
+    train, held_out = (
+      text.make_rows(
+        config.data,
+        tokenizer,
+        row_length=config.row_length,
+        seed=config.seed,
+        split=split,
+      )
+      for split in ('train', 'held_out')
+    )
+    return train, held_out, held_out.num_bytes
+  train, held_out = (
+    corpus.ArithmeticCorpus(
+      config.data,
+      tokenizer,
+      seed=config.seed,
+      row_length=config.row_length,
+      held_out=is_held_out,
+      **({'num_rows': config.eval_rows} if is_held_out else {}),
+    )
+    for is_held_out in (False, True)
+  )
+  return train, held_out, 0
+
+
+def _make_held_out(config, rows, num_bytes, mesh):
+  """Builds evaluate(variables) -> metrics over all held-out rows."""
+  batches = loader.evaluation_batches(rows, config.batch_size)
+  sums_of = jax.jit(make_evaluate(config.model))
+
+  def evaluate(variables):
+    total = None
+    for batch in batches:
+      sums = sums_of(variables, sharding.put_batch(mesh, batch))
+      total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+    result = summarise(jax.device_get(total))
+    if num_bytes:
+      bits = float(total['nats']) / math.log(2)
+      result['eval/bits_per_byte'] = bits / num_bytes
+    return result
+
+  return evaluate
+
+
+def make_loss(
+  config: model_config.ModelConfig, *, mtp_coef: float, balance_coef: float
+) -> step_lib.LossFn:
+  """Builds loss(variables, batch): L = L_next + λ mean_k L_k + α L_balance.
+
+  Args:
+    config: Of the model.
+    mtp_coef: λ; 0 leaves the MTP modules out.
+    balance_coef: α of the sequence-wise balance loss. Rows are weighted by
+      their tokens, so that microbatches add up.
+
+  Source: DeepSeek-V3, arXiv:2412.19437, §2.1.2 and §2.2.
+  """
+  model = transformer.Transformer(config)
+
+  def loss_fn(variables, batch):
+    out = model.apply(
+      variables,
+      batch.tokens_BT,
+      segment_BT=batch.segment_BT,
+      position_BT=batch.position_BT,
+      mtp=mtp_coef > 0,
+    )
+    head_DV = transformer.head(variables['params'], config)
+    logp_BT, _ = token.next_token_logp(out.hidden_BTD, head_DV, batch.tokens_BT)
+    next_loss = token.cross_entropy(logp_BT, batch.mask_BT, batch.num_tokens)
+    metrics = {'train/next_token_loss': next_loss}
+    loss = next_loss
+    if out.mtp_hidden:
+      mtp_loss = jnp.mean(
+        jnp.stack(
+          [
+            _mtp_loss(hidden_BTD, head_DV, batch, depth)
+            for depth, hidden_BTD in enumerate(out.mtp_hidden, start=1)
+          ]
+        )
+      )
+      metrics['mtp/loss'] = mtp_loss
+      loss += mtp_coef * mtp_loss
+    if out.moe is not None:
+      loss += balance_coef * balance(out.moe.balance_B, batch, metrics)
+      metrics['moe/counts'] = out.moe.counts_E
+    return loss, metrics
+
+  return loss_fn
+
+
+def balance(
+  balance_LB: jax.Array, batch: types.Batch, metrics: dict[str, jax.Array]
+) -> jax.Array:
+  """Balance loss summed over layers, rows weighted by their tokens."""
+  weight_B = batch.mask_BT.sum(1) / batch.num_tokens
+  total = jnp.einsum('LB,B->', balance_LB, weight_B)
+  metrics['moe/balance_loss'] = total / balance_LB.shape[0]
+  return total
+
+
+def _mtp_loss(hidden_BTD, head_DV, batch, depth):
+  """Cross entropy of the depth-k drafts, divided by the same token count."""
+  logp_BT, _ = token.token_logp(
+    hidden_BTD, head_DV, token.shifted(batch.tokens_BT, depth + 1)
+  )
+  mask_BT = token.mtp_mask(batch.mask_BT, batch.segment_BT, depth)
+  return token.cross_entropy(logp_BT, mask_BT, batch.num_tokens)
+
+
+def make_evaluate(
+  config: model_config.ModelConfig,
+) -> Callable[[Any, types.Batch], dict[str, jax.Array]]:
+  """Builds sums(variables, batch) for held-out evaluation; sums add up.
+
+  Returns a function to a dict of scalars: 'nats' and 'tokens' of the next
+  token, and with MTP the depth-1 'mtp_nats', 'mtp_tokens' and 'mtp_accepted':
+  drafts that equal the main model's own greedy choice at that place, which
+  greedy speculative decoding would accept.
+  """
+  model = transformer.Transformer(config)
+
+  def evaluate(variables, batch):
+    out = model.apply(
+      variables,
+      batch.tokens_BT,
+      segment_BT=batch.segment_BT,
+      position_BT=batch.position_BT,
+      mtp=config.mtp_depth > 0,
+    )
+    head_DV = transformer.head(variables['params'], config)
+    logp_BT, _ = token.next_token_logp(out.hidden_BTD, head_DV, batch.tokens_BT)
+    sums = {
+      'nats': -jnp.sum(logp_BT * batch.mask_BT),
+      'tokens': batch.mask_BT.sum(),
+    }
+    if out.mtp_hidden:
+      mask_BT = token.mtp_mask(batch.mask_BT, batch.segment_BT, 1)
+      logp_BT, _ = token.token_logp(
+        out.mtp_hidden[0], head_DV, token.shifted(batch.tokens_BT, 2)
+      )
+      best = lambda hidden_BTD: jnp.argmax(
+        hidden_BTD @ head_DV.astype(hidden_BTD.dtype), axis=-1
+      )
+      draft_BT = best(out.mtp_hidden[0])
+      main_BT = token.shifted(best(out.hidden_BTD), 1)
+      sums['mtp_nats'] = -jnp.sum(logp_BT * mask_BT)
+      sums['mtp_tokens'] = mask_BT.sum()
+      sums['mtp_accepted'] = jnp.sum((draft_BT == main_BT) * mask_BT)
+    if out.moe is not None:
+      sums['counts'] = out.moe.counts_E
+    return sums
+
+  return evaluate
+
+
+def summarise(sums: dict[str, jax.Array]) -> dict[str, float]:
+  """Turns added-up sums of `make_evaluate` into the metrics that are logged.
+
+  'eval/loss' is nats per token, 'eval/max_vio' the largest over the layers.
+  """
+  result = {'eval/loss': float(sums['nats'] / sums['tokens'])}
+  if 'mtp_nats' in sums:
+    drafts = sums['mtp_tokens']
+    result['eval/mtp_loss'] = float(sums['mtp_nats'] / drafts)
+    result['mtp/accept'] = float(sums['mtp_accepted'] / drafts)
+  if 'counts' in sums:
+    result['eval/max_vio'] = float(router.max_violation(sums['counts']).max())
+  return result

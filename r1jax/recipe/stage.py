@@ -1,0 +1,326 @@
+"""What every training stage shares: workdir, mesh, state, hooks, the loop."""
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+
+from r1jax import config as config_lib
+from r1jax.model import config as model_config
+from r1jax.model import transformer
+from r1jax.parallel import mesh as mesh_lib
+from r1jax.parallel import sharding
+from r1jax.train import checkpoint, loop, metrics, optimizer, progress
+from r1jax.train import state as state_lib
+from r1jax.train import step as step_lib
+from r1jax.train import workdir as workdir_lib
+
+# Keys of a config that a resumed run may change.
+MAY_DIFFER = (
+  'train.num_steps',
+  'train.checkpoint_every',
+  'train.max_to_keep',
+  'train.eval_every',
+  'mesh',
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """The loop of a stage.
+
+  Attributes:
+    num_steps: Optimizer steps.
+    num_microbatches: Parts of a batch whose gradients are added up.
+    bias_update_speed: γ of the router bias; 0 leaves the bias alone.
+    balance_coef: α of the sequence-wise balance loss.
+    checkpoint_every: Steps between checkpoints; the last step is always saved.
+    max_to_keep: Checkpoints that are kept.
+    eval_every: Steps between held-out evaluations; 0 for the last step only.
+    reference_every: Steps after which the reference becomes the policy; 0
+      never. Stages without a reference leave it 0.
+  """
+
+  num_steps: int
+  num_microbatches: int
+  bias_update_speed: float
+  balance_coef: float
+  checkpoint_every: int
+  max_to_keep: int
+  eval_every: int
+  reference_every: int
+
+  def __post_init__(self):
+    if self.num_steps < 1 or self.num_microbatches < 1:
+      raise ValueError(
+        f'num_steps={self.num_steps}, num_microbatches='
+        f'{self.num_microbatches}: both must be at least 1'
+      )
+
+
+@dataclasses.dataclass
+class Stage:
+  """A stage that is set up: the shapes are known, nothing ran yet.
+
+  Attributes:
+    workdir: Where everything is kept.
+    model: Shape of the model.
+    train: The loop's config.
+    optim: The optimizer's config.
+    mesh: Devices.
+    seed: Of the initialisation.
+    title: For the progress line.
+    with_reference: Keep a reference policy in the state.
+    init_from: Workdir whose variables it starts from; '' for random ones.
+    profile_steps: Steps to trace from step 10 on; 0 for none.
+  """
+
+  workdir: epath.Path
+  model: model_config.ModelConfig
+  train: TrainConfig
+  optim: optimizer.OptimConfig
+  mesh: jax.sharding.Mesh
+  seed: int
+  title: str
+  with_reference: bool = False
+  init_from: str = ''
+  profile_steps: int = 0
+
+  def __post_init__(self):
+    self.optimizer = optimizer.make_optimizer(self.optim, self.train.num_steps)
+    key = jax.random.key(self.seed)
+    boxed = jax.eval_shape(lambda: transformer.init(self.model, key))
+    self.shardings = sharding.tree_shardings(self.mesh, boxed)
+    self._init = lambda: sharding.unbox(transformer.init(self.model, key))
+    # Outside `jax.set_mesh`, like `new_state`: one row initialises the model,
+    # which does not divide over devices.
+    self._abstract = state_lib.abstract_state(
+      self._init,
+      self.optimizer,
+      self.shardings,
+      with_reference=self.with_reference,
+    )
+
+  def abstract_state(self) -> state_lib.State:
+    return self._abstract
+
+  def new_state(self, say: Callable[[str], None]) -> state_lib.State:
+    """Random variables, or those of `init_from`."""
+    state = state_lib.init_state(
+      self._init,
+      self.optimizer,
+      self.shardings,
+      with_reference=self.with_reference,
+    )
+    if not self.init_from:
+      return state
+    variables, step = load_variables(
+      self.init_from, self.abstract_state().variables, say=say
+    )
+    say(f'starting from step {step} of {self.init_from}')
+    return state_lib.with_variables(state, variables)
+
+  def make_train_step(self, loss_fn: step_lib.LossFn) -> step_lib.TrainStep:
+    """The jitted step, which donates its state."""
+    train_step = step_lib.make_train_step(
+      loss_fn,
+      self.optimizer,
+      num_microbatches=self.train.num_microbatches,
+      update_router=self._update_router(),
+      reference_every=self.train.reference_every,
+      schedule=optimizer.make_schedule(self.optim, self.train.num_steps),
+    )
+    shardings = jax.tree.map(lambda s: s.sharding, self.abstract_state())
+    return jax.jit(
+      train_step, donate_argnums=0, out_shardings=(shardings, None)
+    )
+
+  def _update_router(self) -> Callable[[Any, jax.Array], Any] | None:
+    """The bias update at γ; None where nothing is to be updated."""
+    speed = self.train.bias_update_speed
+    if speed == 0 or self.model.moe is None:
+      return None
+    return functools.partial(transformer.update_router, speed=speed)
+
+  def dry_run(self, loss_fn: step_lib.LossFn, batch: Any) -> dict[str, Any]:
+    """Compiles the train step for a batch's shapes and says what it takes."""
+    state = self.abstract_state()
+    count = sum(x.size for x in jax.tree.leaves(state.variables))
+    with jax.set_mesh(self.mesh):
+      start = time.perf_counter()
+      lowered = self.make_train_step(loss_fn).lower(state, batch)
+      compiled = lowered.compile()
+    memory = compiled.memory_analysis()
+    return {
+      'parameters': count,
+      'devices': self.mesh.size,
+      'rows x tokens': 'x'.join(map(str, batch.tokens_BT.shape)),
+      'compile seconds': time.perf_counter() - start,
+      'state and batch MiB': memory.argument_size_in_bytes / 2**20,
+      'temporaries MiB': memory.temp_size_in_bytes / 2**20,
+    }
+
+
+def load_model_config(workdir: str) -> model_config.ModelConfig:
+  """The model of a finished or running stage.
+
+  Raises:
+    UserError: The directory is no workdir with a model.
+  """
+  path = epath.Path(workdir) / 'config.json'
+  try:
+    values = json.loads(path.read_text())
+    model = values['model']
+  except FileNotFoundError as e:
+    raise config_lib.UserError(
+      f'{workdir} is not a workdir: {path} does not exist'
+    ) from e
+  except (json.JSONDecodeError, KeyError, TypeError) as e:
+    raise config_lib.UserError(f'{path} holds no model config') from e
+  return config_lib.from_dict(model_config.ModelConfig, model, 'model')
+
+
+def load_variables(
+  workdir: str, abstract: Any, *, say: Callable[[str], None]
+) -> tuple[Any, int]:
+  """Variables and step of a workdir's newest good checkpoint."""
+  return checkpoint.restore_variables(
+    epath.Path(workdir) / 'checkpoints', abstract, say=say
+  )
+
+
+def abstract_variables(
+  model: model_config.ModelConfig, mesh: jax.sharding.Mesh
+) -> Any:
+  """Shapes and shardings of a model's variables."""
+  boxed = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    sharding.unbox(boxed),
+    sharding.tree_shardings(mesh, boxed),
+  )
+
+
+def run(
+  stage: Stage,
+  resolved: dict[str, Any],
+  *,
+  loss_fn: step_lib.LossFn,
+  make_source: Callable[[Callable[[int, dict[str, Any]], None]], loop.Source],
+  evaluate: Callable[[Any], dict[str, float]] | None = None,
+) -> state_lib.State:
+  """Trains a stage from where its workdir stands to its last step.
+
+  Args:
+    stage: What is trained.
+    resolved: The whole config, as it is kept in the workdir.
+    loss_fn: Of the stage.
+    make_source: Builds its source of batches, given `write(step, metrics)`.
+    evaluate: Held-out metrics of variables.
+
+  Returns:
+    The last state.
+  """
+  train = stage.train
+  resumed = workdir_lib.prepare(stage.workdir, resolved, may_differ=MAY_DIFFER)
+  shown = progress.Progress(train.num_steps, title=stage.title)
+  start = time.perf_counter()
+  with checkpoint.Checkpoints(
+    stage.workdir / 'checkpoints',
+    max_to_keep=train.max_to_keep,
+    say=shown.say,
+  ) as checkpoints:
+    restored = None
+    if resumed:
+      restored = checkpoints.restore_latest(stage.abstract_state())
+    if restored is None:
+      state, source_state, step = stage.new_state(shown.say), None, 0
+    else:
+      state, source_state, step = restored
+      shown.say(f'{stage.title}: going on from step {step}')
+    if step >= train.num_steps:
+      shown.say(f'{stage.title}: finished already, at step {step}')
+      return state
+    with (
+      jax.set_mesh(stage.mesh),
+      metrics.MetricWriter(stage.workdir, start_step=step) as writer,
+      shown,
+    ):
+
+      def write(at: int, values: dict[str, Any]) -> None:
+        values = dict(values)
+        counts_LE = values.pop('moe/counts', None)
+        if counts_LE is not None:
+          values |= load_metrics(counts_LE)
+        writer.write(at, values)
+        shown.update(at, values)
+
+      source = make_source(write)
+      if source_state is not None:
+        source.set_state(source_state)
+
+      def save(at: int, current: state_lib.State) -> None:
+        writer.checkpoint()
+        checkpoints.save(at, current, source.get_state())
+
+      def evaluate_and_write(at: int, current: state_lib.State) -> None:
+        write(at, evaluate(current.variables))
+
+      hooks = []
+      last = train.num_steps
+      if evaluate is not None:
+        hooks.append(loop.Every(train.eval_every, evaluate_and_write, last))
+      if stage.profile_steps:
+        hooks += profile_hooks(stage.workdir, step + 10, stage.profile_steps)
+      hooks.append(loop.Every(train.checkpoint_every, save, last))
+      state = loop.fit(
+        state,
+        stage.make_train_step(loss_fn),
+        source,
+        num_steps=train.num_steps,
+        hooks=hooks,
+        write=write,
+      )
+      checkpoints.wait()
+  write_summary(stage.workdir, train.num_steps, time.perf_counter() - start)
+  return state
+
+
+def load_metrics(counts_LE: Any) -> dict[str, float]:
+  """Expert load as scalars: MaxVio of each layer, and the largest."""
+  mean_L = counts_LE.mean(-1).clip(1e-9)
+  vio_L = counts_LE.max(-1) / mean_L - 1
+  each = {f'moe/max_vio/{i}': float(v) for i, v in enumerate(vio_L)}
+  return {'moe/max_vio': float(vio_L.max())} | each
+
+
+def write_summary(workdir: epath.Path, num_steps: int, seconds: float) -> None:
+  """Adds this run's wall time to summary.json: resumed runs add up."""
+  path = workdir / 'summary.json'
+  before = json.loads(path.read_text())['seconds'] if path.exists() else 0.0
+  summary = {'num_steps': num_steps, 'seconds': before + seconds}
+  workdir_lib.write_text(path, json.dumps(summary, indent=2) + '\n')
+
+
+def profile_hooks(
+  workdir: epath.Path, first: int, num_steps: int
+) -> Sequence[loop.Hook]:
+  """Traces steps first+1 … first+num_steps into workdir/profile."""
+  folder = str(workdir / 'profile')
+  return [
+    loop.At(first, lambda *_: jax.profiler.start_trace(folder)),
+    loop.At(first + num_steps, lambda *_: jax.profiler.stop_trace()),
+  ]
+
+
+def make_mesh(config: mesh_lib.MeshConfig) -> jax.sharding.Mesh:
+  """The mesh of all devices; a wrong size is the user's mistake."""
+  try:
+    return mesh_lib.make_mesh(config)
+  except ValueError as e:
+    raise config_lib.UserError(str(e)) from e

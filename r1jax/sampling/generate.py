@@ -1,0 +1,277 @@
+"""Prefill and decode in one program, with early exit."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from r1jax import types
+from r1jax.model import cache as cache_lib
+from r1jax.model import config as model_config
+from r1jax.model import transformer
+from r1jax.parallel import sharding
+from r1jax.sampling import filters
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Decoding:
+  """Rows in the middle of decoding.
+
+  Attributes:
+    new_BX: int32 sampled tokens, pad_id where none is yet.
+    logp_BX: Their log-probabilities, 0 where none is yet.
+    last_B: int32, the token to feed next.
+    num_B: int32, tokens sampled.
+    done_B: A stop token was sampled.
+    length_B: int32, tokens of the prompt.
+    row_B: int32, which row of the batch it is.
+    cache: Latents of prompt and fed tokens.
+  """
+
+  new_BX: jax.Array
+  logp_BX: jax.Array
+  last_B: jax.Array
+  num_B: jax.Array
+  done_B: jax.Array
+  length_B: jax.Array
+  row_B: jax.Array
+  cache: cache_lib.LatentCache
+
+
+def phases(max_new_tokens: int, batch: int) -> tuple[tuple[int, int], ...]:
+  """When to gather the unfinished rows: (last step, rows a wave) per phase.
+
+  A phase decodes its rows in waves and skips the finished ones, and its cache
+  is no longer than its last step needs. Few completions are long, so that the
+  later phases cost little.
+  """
+  out, end, wave = [], 32, batch
+  while end < max_new_tokens and wave > 32 and len(out) < 2:
+    out.append((end, wave))
+    end, wave = 2 * end, max(wave // 4, 32)
+  while batch % wave:
+    wave -= 1
+  return (*out, (max_new_tokens, wave))
+
+
+def generate(
+  config: model_config.ModelConfig,
+  variables: Any,
+  prompt_BT: jax.Array,
+  length_B: jax.Array,
+  key: jax.Array,
+  *,
+  max_new_tokens: int,
+  sampling: filters.SamplingConfig,
+  stop_ids: tuple[int, ...],
+  pad_id: int,
+) -> types.Rollout:
+  """Samples one completion per row.
+
+  Decode steps take the same cache slot in every row, behind the padded
+  prompts, so that each step is one in-place update; positions and masks make
+  ragged rows exact. The rows are put together at the end. A row's tokens do
+  not depend on which rows are decoded beside it.
+
+  Args:
+    config: Of the model.
+    variables: Its parameters and router biases.
+    prompt_BT: int32, right-padded.
+    length_B: int32, tokens of each prompt, at least 1.
+    key: Random key.
+    max_new_tokens: Longest completion, the stop token included.
+    sampling: Temperature and filters.
+    stop_ids: A row ends after sampling one of these.
+    pad_id: Fills what is not used.
+
+  Returns:
+    A Rollout of width T + max_new_tokens.
+  """
+  variables = transformer.unstack_layers(variables, config)
+  config = dataclasses.replace(config, scan_layers=False, remat=False)
+  model = transformer.Transformer(config)
+  B, T = prompt_BT.shape
+  head_DV = transformer.head(variables['params'], config).astype(config.dtype)
+  stop_S = jnp.asarray(stop_ids, jnp.int32)
+
+  def sample(hidden_BD, row_B, step):
+    logits_BV = jnp.einsum(
+      'BD,DV->BV', hidden_BD, head_DV, preferred_element_type=jnp.float32
+    )
+    logp_BV = filters.filtered_logp(logits_BV, sampling)
+    if sampling.temperature == 0:
+      token_B = jnp.argmax(logp_BV, axis=-1).astype(jnp.int32)
+    else:
+      # Drawn for the whole batch: the same for a row in whichever wave.
+      uniform_B = jax.random.uniform(jax.random.fold_in(key, step), (B,))
+      token_B = _draw(uniform_B[row_B], logp_BV)
+    taken_B1 = jnp.take_along_axis(logp_BV, token_B[:, None], axis=-1)
+    return token_B, taken_B1[:, 0]
+
+  def place(x_BX, step, value_B):
+    return jax.lax.dynamic_update_slice(x_BX, value_B[:, None], (0, step))
+
+  def decode_step(carry):
+    step, d = carry
+    live_B = ~d.done_B
+    out = model.apply(
+      variables,
+      d.last_B[:, None],
+      segment_BT=live_B.astype(jnp.int32)[:, None],
+      position_BT=(d.length_B + step - 1)[:, None],
+      cache=d.cache,
+      decode=True,
+    )
+    token_B, logp_B = sample(out.hidden_BTD[:, 0], d.row_B, step)
+    token_B = jnp.where(live_B, token_B, pad_id)
+    return step + 1, dataclasses.replace(
+      d,
+      new_BX=place(d.new_BX, step, token_B),
+      logp_BX=place(d.logp_BX, step, jnp.where(live_B, logp_B, 0.0)),
+      last_B=token_B,
+      num_B=d.num_B + live_B,
+      done_B=d.done_B | jnp.isin(token_B, stop_S),
+      cache=out.cache,
+    )
+
+  with jax.named_scope('prefill'):
+    slot_1T = jnp.arange(T, dtype=jnp.int32)[None]
+    plan = phases(max_new_tokens, B)
+    out = model.apply(
+      variables,
+      prompt_BT,
+      segment_BT=(slot_1T < length_B[:, None]).astype(jnp.int32),
+      cache=transformer.make_cache(config, B, T + plan[0][0]),
+    )
+    last_BD = jnp.take_along_axis(
+      out.hidden_BTD, (length_B - 1)[:, None, None], axis=1
+    )[:, 0]
+    row_B = jnp.arange(B, dtype=jnp.int32)
+    token_B, logp_B = sample(last_BD, row_B, 0)
+    d = _Decoding(
+      new_BX=place(jnp.full((B, max_new_tokens), pad_id), 0, token_B),
+      logp_BX=place(jnp.zeros((B, max_new_tokens)), 0, logp_B),
+      last_B=token_B,
+      num_B=jnp.ones((B,), jnp.int32),
+      done_B=jnp.isin(token_B, stop_S),
+      length_B=length_B,
+      row_B=row_B,
+      cache=out.cache,
+    )
+
+  with jax.named_scope('decode'):
+    start = 1
+    for end, wave in plan:
+      d = _run_phase(d, decode_step, start, end, wave, T)
+      start = end
+  return _assemble(
+    prompt_BT, length_B, d.new_BX, d.logp_BX, d.num_B, d.done_B, pad_id
+  )
+
+
+def _run_phase(d, decode_step, start, end, wave, prompt_width):
+  """Decodes steps start … end - 1 of all rows, `wave` of them at a time.
+
+  Unfinished rows come first, so that the last waves have nothing to do.
+  """
+  longer = prompt_width + end - d.cache.segment_BS.shape[1]
+  d = dataclasses.replace(d, cache=d.cache.grown(max(longer, 0)))
+
+  def run(part):
+    first = jnp.asarray(start, jnp.int32)
+    unfinished = lambda carry: (carry[0] < end) & ~carry[1].done_B.all()
+    _, part = jax.lax.while_loop(unfinished, decode_step, (first, part))
+    # Every wave ends at the same slot, however early it was done.
+    slot = jnp.asarray(prompt_width + end - 1, jnp.int32)
+    cache = dataclasses.replace(part.cache, slot=slot)
+    return dataclasses.replace(part, cache=cache)
+
+  B = d.done_B.shape[0]
+  if wave == B:
+    return run(d)
+  order_WB = jnp.argsort(d.done_B, stable=True).reshape(-1, wave)
+  pick = lambda x, rows_B: x if x.ndim == 0 else x[rows_B]
+
+  def one(i, all_rows):
+    rows_B = order_WB[i]
+    part = run(jax.tree.map(lambda x: pick(x, rows_B), all_rows))
+    return jax.tree.map(
+      lambda x, y: x if x.ndim == 0 else x.at[rows_B].set(y), all_rows, part
+    )
+
+  ended = jax.lax.fori_loop(0, B // wave, one, d)
+  slot = jnp.asarray(prompt_width + end - 1, jnp.int32)
+  return dataclasses.replace(
+    ended, cache=dataclasses.replace(ended.cache, slot=slot)
+  )
+
+
+def _draw(uniform_B: jax.Array, logp_BV: jax.Array) -> jax.Array:
+  """Inverse-CDF sampling: one uniform a row instead of V Gumbels."""
+  cdf_BV = jnp.cumsum(jnp.exp(logp_BV), axis=-1)
+  total_B1 = cdf_BV[:, -1:]
+  u_B1 = uniform_B[:, None] * total_B1
+  # Rounding must not reach the total: no token lies behind it.
+  u_B1 = jnp.minimum(u_B1, jnp.nextafter(total_B1, jnp.zeros_like(total_B1)))
+  return jnp.sum(cdf_BV <= u_B1, axis=-1).astype(jnp.int32)
+
+
+def _assemble(prompt_BT, length_B, new_BX, logp_BX, num_B, done_B, pad_id):
+  """Moves each completion up to the end of its prompt."""
+  T, X = prompt_BT.shape[1], new_BX.shape[1]
+  column_1Y = jnp.arange(T + X, dtype=jnp.int32)[None]
+  offset_BY = column_1Y - length_B[:, None]
+  sampled_BY = (offset_BY >= 0) & (offset_BY < num_B[:, None])
+  index_BY = jnp.clip(offset_BY, 0, X - 1)
+  pick = lambda x_BX: jnp.take_along_axis(x_BX, index_BY, axis=1)
+  prompt_BY = jnp.pad(prompt_BT, ((0, 0), (0, X)), constant_values=pad_id)
+  tokens_BY = jnp.where(offset_BY < 0, prompt_BY, pad_id)
+  return types.Rollout(
+    tokens_BT=jnp.where(sampled_BY, pick(new_BX), tokens_BY),
+    mask_BT=sampled_BY.astype(jnp.float32),
+    logp_BT=jnp.where(sampled_BY, pick(logp_BX), 0.0),
+    prompt_length_B=length_B,
+    length_B=length_B + num_B,
+    finished_B=done_B,
+  )
+
+
+def make_generate(
+  config: model_config.ModelConfig,
+  mesh: jax.sharding.Mesh,
+  *,
+  max_new_tokens: int,
+  sampling: filters.SamplingConfig,
+  stop_ids: tuple[int, ...],
+  pad_id: int,
+) -> Callable[..., types.Rollout]:
+  """A jitted (variables, prompt_BT, length_B, key) -> Rollout on a mesh.
+
+  Each shard of the batch runs its own loop and leaves it when its own rows
+  are done; its key is folded with the shard's first row.
+  """
+
+  def run(variables, prompt_BT, length_B, row_B, key):
+    return generate(
+      config,
+      variables,
+      prompt_BT,
+      length_B,
+      jax.random.fold_in(key, row_B[0]),
+      max_new_tokens=max_new_tokens,
+      sampling=sampling,
+      stop_ids=stop_ids,
+      pad_id=pad_id,
+    )
+
+  sharded = sharding.per_shard(run, mesh, (False, True, True, True, False))
+
+  @jax.jit
+  def program(variables, prompt_BT, length_B, key):
+    row_B = jnp.arange(prompt_BT.shape[0], dtype=jnp.int32)
+    return sharded(variables, prompt_BT, length_B, row_B, key)
+
+  return program

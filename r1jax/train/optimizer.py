@@ -1,0 +1,160 @@
+"""AdamW with the learning-rate schedules of the papers."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+# DeepSeek-V3's pre-training in trillions of tokens.
+_V3_TOTAL = 14.8
+_V3_DECAY_START = 10.0
+_V3_DECAY_END = 14.3
+_V3_LAST_START = _V3_TOTAL - 0.167
+_V3_DECAY_RATIO = 0.1  # 2.2e-4 -> 2.2e-5.
+_V3_LAST_RATIO = 7.3e-6 / 2.2e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+  """AdamW, a global-norm clip and a schedule.
+
+  Attributes:
+    peak_lr: Learning rate after the warm-up.
+    warmup_steps: Length of the linear warm-up, steps.
+    schedule: What follows the warm-up: 'constant'; 'cosine' down to
+      `final_lr_ratio` at the last step; 'v3', DeepSeek-V3's in fractions of
+      the run (constant, cosine to 0.1, 0.1, then 0.033 of the peak).
+    final_lr_ratio: Last learning rate of 'cosine' as a share of the peak.
+    b1: Decay of the first moment.
+    b2: Decay of the second moment.
+    eps: Added to the root of the second moment.
+    weight_decay: Decoupled, times the learning rate; see `is_decayed`.
+    clip_norm: Largest global norm of the gradient.
+  """
+
+  peak_lr: float
+  warmup_steps: int
+  schedule: Literal['constant', 'cosine', 'v3']
+  final_lr_ratio: float
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.1
+  clip_norm: float = 1.0
+
+  def __post_init__(self):
+    _check(self, 'peak_lr', self.peak_lr > 0, 'must be positive')
+    _check(self, 'warmup_steps', self.warmup_steps >= 0, 'must be at least 0')
+    known = ('constant', 'cosine', 'v3')
+    _check(self, 'schedule', self.schedule in known, f'must be one of {known}')
+    ratio = self.final_lr_ratio
+    _check(self, 'final_lr_ratio', 0 <= ratio <= 1, 'must lie in [0, 1]')
+    _check(self, 'b1', 0 <= self.b1 < 1, 'must lie in [0, 1)')
+    _check(self, 'b2', 0 <= self.b2 < 1, 'must lie in [0, 1)')
+    _check(self, 'eps', self.eps > 0, 'must be positive')
+    _check(self, 'weight_decay', self.weight_decay >= 0, 'must be at least 0')
+    _check(self, 'clip_norm', self.clip_norm > 0, 'must be positive')
+
+
+def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
+  """Returns count -> learning rate, count = updates done before this one.
+
+  The warm-up gives peak · (count + 1) / warmup_steps, so the first update is
+  not lost to a rate of 0.
+
+  Source: DeepSeek-V3, arXiv:2412.19437, §4.2 ('v3').
+  """
+  shapes = {'constant': _constant, 'cosine': _cosine, 'v3': _v3}
+  decay = shapes[config.schedule]
+
+  def schedule(count: jax.Array | int) -> jax.Array:
+    count = jnp.asarray(count, jnp.float32)
+    warmup = jnp.minimum((count + 1) / max(config.warmup_steps, 1), 1.0)
+    return config.peak_lr * warmup * decay(config, num_steps, count)
+
+  return schedule
+
+
+def make_optimizer(
+  config: OptimConfig, num_steps: int
+) -> optax.GradientTransformationExtraArgs:
+  """Returns clip -> Adam -> weight decay -> schedule.
+
+  `update` takes the gradient's global norm as `grad_norm`: the train step
+  needs it for its metrics anyway, so it is computed once.
+  """
+  return optax.chain(
+    _clip_by_known_norm(config.clip_norm),
+    optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+    optax.add_decayed_weights(config.weight_decay, mask=_decay_mask),
+    optax.scale_by_learning_rate(make_schedule(config, num_steps)),
+  )
+
+
+def is_decayed(name: str) -> bool:
+  """Says whether a parameter of this name is a matrix and hence decayed.
+
+  Names, not ranks: layers are stacked, so the scale of a norm has rank 2.
+  """
+  return not name.endswith(('scale', 'bias'))
+
+
+def _decay_mask(params: Any) -> Any:
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: is_decayed(jax.tree_util.keystr((path[-1],), simple=True)),
+    params,
+  )
+
+
+def _clip_by_known_norm(
+  clip_norm: float,
+) -> optax.GradientTransformationExtraArgs:
+  """Scales updates by min(1, clip_norm / grad_norm)."""
+
+  def update(
+    updates: Any,
+    state: optax.EmptyState,
+    params: Any = None,
+    *,
+    grad_norm: jax.Array,
+    **unused: Any,
+  ) -> tuple[Any, optax.EmptyState]:
+    del params, unused
+    factor = jnp.minimum(1.0, clip_norm / jnp.maximum(grad_norm, 1e-30))
+    return jax.tree.map(lambda g: (g * factor).astype(g.dtype), updates), state
+
+  return optax.GradientTransformationExtraArgs(
+    lambda params: optax.EmptyState(), update
+  )
+
+
+def _constant(
+  config: OptimConfig, num_steps: int, count: jax.Array
+) -> jax.Array:
+  del config, num_steps
+  return jnp.ones_like(count)
+
+
+def _cosine(config: OptimConfig, num_steps: int, count: jax.Array) -> jax.Array:
+  span = max(num_steps - config.warmup_steps, 1)
+  done = jnp.clip((count - config.warmup_steps) / span, 0.0, 1.0)
+  return _half_cosine(done, config.final_lr_ratio)
+
+
+def _v3(config: OptimConfig, num_steps: int, count: jax.Array) -> jax.Array:
+  del config
+  seen = count / num_steps * _V3_TOTAL
+  done = (seen - _V3_DECAY_START) / (_V3_DECAY_END - _V3_DECAY_START)
+  ratio = _half_cosine(jnp.clip(done, 0.0, 1.0), _V3_DECAY_RATIO)
+  return jnp.where(seen >= _V3_LAST_START, _V3_LAST_RATIO, ratio)
+
+
+def _half_cosine(done: jax.Array, final: float) -> jax.Array:
+  return final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * done))
+
+
+def _check(config: OptimConfig, name: str, is_good: bool, rule: str) -> None:
+  if not is_good:
+    raise ValueError(f'{name}={getattr(config, name)!r} {rule}')

@@ -1,0 +1,177 @@
+"""One train step, the same for every stage: pure, to be jitted and donated."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from r1jax.train import state as state_lib
+
+Metrics = dict[str, jax.Array]
+LossFn = Callable[[state_lib.Variables, Any], tuple[jax.Array, Metrics]]
+TrainStep = Callable[[state_lib.State, Any], tuple[state_lib.State, Metrics]]
+
+
+def make_train_step(
+  loss_fn: LossFn,
+  optimizer: optax.GradientTransformation,
+  *,
+  num_microbatches: int = 1,
+  update_router: Callable[[Any, jax.Array], Any] | None = None,
+  reference_every: int = 0,
+  schedule: optax.Schedule | None = None,
+) -> TrainStep:
+  """Returns (state, batch) -> (state, metrics); jit it with donate_argnums=0.
+
+  A step whose loss or gradient norm is not finite returns everything but the
+  step number as it was.
+
+  Args:
+    loss_fn: (variables, batch) -> (loss, metrics). Loss and metrics are
+      divided by the batch's global normalisers, so microbatches add up.
+    optimizer: Applied to variables['params']; its update may take the keyword
+      `grad_norm`, the gradient's global norm.
+    num_microbatches: Parts the batch is cut into, one gradient at a time.
+    update_router: (variables['router'], metrics['moe/counts']) -> router,
+      with the counts of the whole batch; None leaves it as it is.
+    reference_every: The reference becomes the new variables after each step
+      that is a multiple of this; 0 never.
+    schedule: Learning rate by count, shown as train/lr.
+  """
+  optimizer = optax.with_extra_args_support(optimizer)
+  gradient = _accumulate(_make_gradient(loss_fn), num_microbatches)
+
+  def update(
+    state: state_lib.State, grads: Any, grad_norm: jax.Array, metrics: Metrics
+  ) -> state_lib.State:
+    params = state.variables['params']
+    updates, opt_state = optimizer.update(
+      grads, state.opt_state, params, grad_norm=grad_norm
+    )
+    variables = dict(state.variables)
+    variables['params'] = optax.apply_updates(params, updates)
+    if update_router is not None:
+      variables['router'] = update_router(
+        variables['router'], metrics['moe/counts']
+      )
+    return dataclasses.replace(state, variables=variables, opt_state=opt_state)
+
+  def train_step(
+    state: state_lib.State, batch: Any
+  ) -> tuple[state_lib.State, Metrics]:
+    with jax.named_scope('gradient'):
+      (loss, metrics), grads = gradient(state.variables, batch)
+    grad_norm = optax.tree_utils.tree_norm(grads)
+    metrics = metrics | {'train/loss': loss, 'train/grad_norm': grad_norm}
+    if schedule is not None:
+      metrics['train/lr'] = schedule(state.step)
+    is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    with jax.named_scope('update'):
+      # cond, not where: the update stays in place in the donated buffers
+      # (on CPU 7 ms against 37 ms for 4.6 M parameters).
+      state = jax.lax.cond(
+        is_finite,
+        update,
+        lambda state, *_: state,
+        state,
+        grads,
+        grad_norm,
+        metrics,
+      )
+    state = dataclasses.replace(state, step=state.step + 1)
+    if reference_every:
+      state = _replace_reference(state, is_finite, reference_every)
+    return state, metrics
+
+  return train_step
+
+
+def _make_gradient(loss_fn: LossFn) -> Callable[..., Any]:
+  """Returns (variables, batch) -> ((loss, metrics), grads of 'params')."""
+
+  def loss_of(params: Any, rest: Any, batch: Any) -> tuple[jax.Array, Metrics]:
+    return loss_fn({**rest, 'params': params}, batch)
+
+  def gradient(variables: state_lib.Variables, batch: Any) -> Any:
+    rest = {k: v for k, v in variables.items() if k != 'params'}
+    return jax.value_and_grad(loss_of, has_aux=True)(
+      variables['params'], rest, batch
+    )
+
+  return gradient
+
+
+def _accumulate(
+  gradient: Callable[..., Any], num_microbatches: int
+) -> Callable[..., Any]:
+  """Sums losses, metrics and gradients over microbatches, one at a time."""
+  if num_microbatches < 1:
+    raise ValueError(f'num_microbatches={num_microbatches} must be positive')
+  if num_microbatches == 1:
+    return gradient
+
+  def accumulated(variables: state_lib.Variables, batch: Any) -> Any:
+    leaves, treedef = jax.tree.flatten(batch)
+    rows = [x for x in leaves if jnp.ndim(x)]
+    parts = [_split(x, num_microbatches) for x in rows]
+
+    def microbatch(parts: list[jax.Array]) -> Any:
+      rest = iter(parts)
+      return treedef.unflatten(
+        [next(rest) if jnp.ndim(x) else x for x in leaves]
+      )
+
+    def add(total: Any, parts: list[jax.Array]) -> tuple[Any, None]:
+      (loss, metrics), grads = total
+      (new_loss, new_metrics), new = gradient(variables, microbatch(parts))
+      metrics = {
+        k: jnp.maximum(v, new_metrics[k]) if is_max(k) else v + new_metrics[k]
+        for k, v in metrics.items()
+      }
+      grads = jax.tree.map(jnp.add, grads, new)
+      return ((loss + new_loss, metrics), grads), None
+
+    first = microbatch([x[0] for x in parts])
+    shapes = jax.eval_shape(gradient, variables, first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    (loss, metrics), grads = zeros
+    for name in filter(is_max, metrics):
+      metrics[name] = jnp.full_like(metrics[name], -jnp.inf)
+    return jax.lax.scan(add, ((loss, metrics), grads), parts)[0]
+
+  return accumulated
+
+
+def is_max(name: str) -> bool:
+  """Says whether microbatches combine this metric by maximum, not by sum."""
+  return name.endswith('_max')
+
+
+def _split(x: jax.Array, num_microbatches: int) -> jax.Array:
+  """[B, …] -> [M, B/M, …], microbatch m taking the rows m, m + M, m + 2M, …
+
+  Strided, so that each keeps its share on every device that holds rows.
+  """
+  size = x.shape[0]
+  if size % num_microbatches:
+    raise ValueError(
+      f'num_microbatches={num_microbatches} must divide the batch of {size}'
+    )
+  shape = (size // num_microbatches, num_microbatches, *x.shape[1:])
+  return jnp.swapaxes(jnp.reshape(x, shape), 0, 1)
+
+
+def _replace_reference(
+  state: state_lib.State, is_finite: jax.Array, every: int
+) -> state_lib.State:
+  reference = jax.lax.cond(
+    is_finite & (state.step % every == 0),
+    lambda new, old: new,
+    lambda new, old: old,
+    state.variables,
+    state.reference,
+  )
+  return dataclasses.replace(state, reference=reference)

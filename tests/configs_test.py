@@ -1,0 +1,188 @@
+"""Every config file loads strictly, and its numbers fit each other."""
+
+import functools
+import itertools
+import pathlib
+import random
+import runpy
+
+import numpy as np
+import pytest
+
+from r1jax import config as config_lib
+from r1jax.data import corpus, tokenizer
+from r1jax.data.tasks import arithmetic
+from r1jax.model import config as model_config
+from r1jax.recipe import demo, evaluation, grpo, pretrain
+
+_FOLDER = pathlib.Path(__file__).resolve().parents[1] / 'configs'
+_FILES = sorted(
+  str(path.relative_to(_FOLDER))
+  for path in _FOLDER.rglob('*.py')
+  if path.name != '__init__.py'
+)
+# A key that only this kind of config has at its top.
+_CLASSES = {
+  'r1_zero': demo.DemoConfig,
+  'rollout': grpo.GrpoConfig,
+  'num_samples': evaluation.EvaluateConfig,
+  'mtp_coef': pretrain.PretrainConfig,
+  'attention': model_config.ModelConfig,
+}
+
+
+def _values(name: str) -> dict:
+  return runpy.run_path(str(_FOLDER / name))['get_config']().to_dict()
+
+
+@functools.cache
+def _load(name: str):
+  values = _values(name)
+  (cls,) = [cls for key, cls in _CLASSES.items() if key in values]
+  return config_lib.from_dict(cls, values)
+
+
+def _of(cls) -> list[str]:
+  return [name for name in _FILES if isinstance(_load(name), cls)]
+
+
+def _tokenizer(path: str) -> tokenizer.Tokenizer:
+  return tokenizer.Tokenizer.load(path) if path else tokenizer.default()
+
+
+def _stages(cls):
+  """Yields (name, config) of a kind, those inside a demo's config too."""
+  for name in _FILES:
+    config = _load(name)
+    parts = [config]
+    if isinstance(config, demo.DemoConfig):
+      parts = [config.base, config.r1_zero, config.evaluate]
+    for part in parts:
+      if isinstance(part, cls):
+        yield name, part
+
+
+def test_the_files_are_found():
+  assert {'demo.py', 'gsm8k.py', 'model/deepseek_v3_671b.py'} <= set(_FILES)
+
+
+@pytest.mark.parametrize('name', _FILES)
+def test_every_config_loads_and_says_what_it_is(name):
+  _load(name)
+  assert runpy.run_path(str(_FOLDER / name))['__doc__']
+
+
+@pytest.mark.parametrize('name', _FILES)
+def test_a_key_too_many_is_an_error(name):
+  values = _values(name) | {'no_such_key': 1}
+  with pytest.raises(config_lib.UserError, match='no_such_key'):
+    config_lib.from_dict(type(_load(name)), values)
+
+
+def test_rows_fit_the_model_and_its_vocabulary_holds_the_tokenizers():
+  for name, config in _stages(pretrain.PretrainConfig):
+    assert config.row_length <= config.model.max_length, name
+    V = _tokenizer(config.tokenizer).vocab_size
+    assert V <= config.model.vocab_size < V + 8, name
+    assert config.batch_size % config.train.num_microbatches == 0, name
+
+
+@pytest.mark.parametrize('name', _of(demo.DemoConfig))
+def test_the_stages_of_a_demo_are_about_one_task(name):
+  config = _load(name)
+  tasks = config.base.data.arithmetic, config.r1_zero.task, config.evaluate.task
+  assert len({task.maximum for task in tasks}) == 1
+  assert len({task.languages for task in tasks}) == 1
+  stages = config.base, config.r1_zero, config.evaluate
+  assert len({stage.tokenizer for stage in stages}) == 1
+  sampled = config.r1_zero.rollout, config.evaluate
+  assert len({s.max_prompt_tokens for s in sampled}) == 1
+  # A completion that training cuts short would count as wrong only there.
+  assert len({s.max_new_tokens for s in sampled}) == 1
+  assert config.r1_zero.rollout.row_length <= config.base.model.max_length
+  for s in sampled:
+    longest = s.max_prompt_tokens + s.max_new_tokens
+    assert longest <= config.base.model.max_length
+  assert config.evaluate.num_problems >= 1000
+  assert config.evaluate.sampling.temperature == 1
+
+
+def test_the_demo_is_made_of_its_stages_configs():
+  whole = _load('demo.py')
+  assert whole.base == _load('pretrain.py')
+  assert whole.r1_zero == _load('r1_zero.py')
+  assert whole.evaluate == _load('evaluate.py')
+
+
+def test_an_ablation_changes_one_key():
+  base, ablation = (
+    _values('pretrain.py'),
+    _values('ablations/router_bias_off.py'),
+  )
+  assert base['train'].pop('bias_update_speed') > 0
+  assert ablation['train'].pop('bias_update_speed') == 0
+  assert base == ablation
+
+
+def _prompts_of_every_length(maximum: int):
+  """Yields a problem for each operation, language and pair of digit counts.
+
+  Digits are tokens of their own, so that no other problem has a longer prompt.
+  """
+  digits = lambda n_N: np.char.str_len(n_N.astype(str))
+  for operation, held_out in itertools.product(
+    arithmetic.OPERATIONS, (False, True)
+  ):
+    a_N, b_N = arithmetic.keys(operation, maximum, held_out)
+    sizes_N2 = np.stack([digits(a_N), digits(b_N)], axis=1)
+    _, first = np.unique(sizes_N2, axis=0, return_index=True)
+    for i, language in itertools.product(first, arithmetic.LANGUAGES):
+      a, b = a_N.item(i), b_N.item(i)
+      yield arithmetic.Problem(operation, a, b, 0, language)
+
+
+def _prompt_tokens(t: tokenizer.Tokenizer, problems) -> list[int]:
+  """Tokens of each prompt, <bos> included."""
+  texts = [arithmetic.prompt(problem) for problem in problems]
+  return [len(ids) + 1 for ids in t.encode_batch(texts)]
+
+
+def test_the_longest_prompt_is_among_those_of_every_length():
+  every = [
+    arithmetic.Problem(operation, a, b, 0, language)
+    for operation in arithmetic.OPERATIONS
+    for held_out in (False, True)
+    for a, b in zip(
+      *(x.tolist() for x in arithmetic.keys(operation, 100, held_out))
+    )
+    for language in arithmetic.LANGUAGES
+  ]
+  t = tokenizer.default()
+  assert len(every) == 2 * (2601 + 5151 + 347 + 582)
+  assert max(_prompt_tokens(t, every)) == max(
+    _prompt_tokens(t, _prompts_of_every_length(100))
+  )
+
+
+@pytest.mark.parametrize('cls', [grpo.GrpoConfig, evaluation.EvaluateConfig])
+def test_prompts_fit(cls):
+  for name, config in _stages(cls):
+    part = config.rollout if cls is grpo.GrpoConfig else config
+    t = _tokenizer(config.tokenizer)
+    problems = _prompts_of_every_length(config.task.maximum)
+    assert max(_prompt_tokens(t, problems)) <= part.max_prompt_tokens, name
+
+
+@pytest.mark.parametrize('cls', [grpo.GrpoConfig, evaluation.EvaluateConfig])
+def test_worked_solutions_fit(cls):
+  for name, config in _stages(cls):
+    part = config.rollout if cls is grpo.GrpoConfig else config
+    t, rng = _tokenizer(config.tokenizer), random.Random(0)
+    shares = dict.fromkeys(corpus.KINDS, 0.0) | {'clean': 1.0}
+    documents = corpus.CorpusConfig(config.task, **shares)
+    longest = 0
+    for _ in range(1000):
+      problem = arithmetic.draw(config.task, rng, held_out=False)
+      text = corpus.completion(documents, problem, 'clean', rng)
+      longest = max(longest, len(t.encode(text)) + 1)  # With <eos>.
+    assert longest <= part.max_new_tokens, name

@@ -1,0 +1,47 @@
+"""Every rule of the model's config says which value broke it."""
+
+import dataclasses
+
+import pytest
+
+from r1jax.model import config as model_config
+from tests.model import tiny
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'top_k': 9}, 'top_k=9 of num_experts=8'),
+    ({'top_k': 0}, 'top_k=0'),
+    ({'num_groups': 3}, 'num_groups=3 must divide num_experts=8'),
+    ({'top_groups': 5}, 'top_groups=5 must lie between 1 and num_groups=4'),
+    ({'top_k': 5}, 'top_k=5 exceeds the 4 experts of top_groups=2'),
+    ({'num_groups': 8}, 'group_score=top2 needs groups of 2'),
+    ({'score': 'tanh'}, "score='tanh'"),
+    ({'group_score': 'mean'}, "group_score='mean'"),
+  ],
+)
+def test_moe_rules(changes, message):
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(tiny.config().moe, **changes)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'num_dense_layers': 4}, 'num_dense_layers=4 must lie between 0 and'),
+    ({'moe': None}, 'moe=None needs num_dense_layers=3'),
+    ({'dtype': 'float16'}, "dtype='float16'"),
+    ({'mtp_depth': -1}, 'mtp_depth=-1'),
+  ],
+)
+def test_model_rules(changes, message):
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(tiny.config(), **changes)
+
+
+def test_attention_and_yarn_rules():
+  with pytest.raises(ValueError, match='rope_head_dim=7 must be even'):
+    dataclasses.replace(tiny.config().attention, rope_head_dim=7)
+  with pytest.raises(ValueError, match='factor=0.5'):
+    model_config.YarnConfig(factor=0.5, original_length=4096)

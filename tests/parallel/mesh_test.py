@@ -1,0 +1,38 @@
+"""Meshes: sizes that fit, and errors that name those that do not."""
+
+import jax
+import pytest
+
+from r1jax.parallel import mesh as mesh_lib
+
+
+@pytest.mark.parametrize(
+  ('config', 'sizes'),
+  [
+    (mesh_lib.MeshConfig(), (8, 1)),
+    (mesh_lib.MeshConfig(data=-1, fsdp=4), (2, 4)),
+    (mesh_lib.MeshConfig(data=2, fsdp=-1), (2, 4)),
+    (mesh_lib.MeshConfig(data=1, fsdp=8), (1, 8)),
+  ],
+)
+def test_sizes(config, sizes):
+  mesh = mesh_lib.make_mesh(config)
+  assert mesh.axis_names == mesh_lib.AXES
+  assert (mesh.shape['data'], mesh.shape['fsdp']) == sizes
+  assert mesh.size == 8
+
+
+def test_one_device():
+  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(), jax.devices()[:1])
+  assert mesh.size == 1
+
+
+def test_errors_name_the_sizes():
+  with pytest.raises(ValueError, match='data=3 x fsdp=2 needs 6 .* are 8'):
+    mesh_lib.make_mesh(mesh_lib.MeshConfig(data=3, fsdp=2))
+  with pytest.raises(ValueError, match='data=2 x fsdp=3 needs 6 .* are 8'):
+    mesh_lib.make_mesh(mesh_lib.MeshConfig(data=-1, fsdp=3))
+  with pytest.raises(ValueError, match='data=0, fsdp=1'):
+    mesh_lib.MeshConfig(data=0)
+  with pytest.raises(ValueError, match='at most one axis may be -1'):
+    mesh_lib.MeshConfig(data=-1, fsdp=-1)

@@ -1,0 +1,113 @@
+"""Programs that tests compile for TPUs: devices in, jax.stages.Lowered out."""
+
+import os
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from configs import pretrain as pretrain_config
+from r1jax import config, types
+from r1jax.parallel import mesh as mesh_lib
+from r1jax.parallel import sharding
+from r1jax.recipe import pretrain, stage
+from r1jax.sampling import filters, generate
+
+
+def matmul(devices: Sequence[jax.Device]) -> jax.stages.Lowered:
+  """The worker's own check: rows over all devices, then a sum over them."""
+  mesh = Mesh(np.array(devices), ('data',))
+  rows = NamedSharding(mesh, PartitionSpec('data'))
+  whole = NamedSharding(mesh, PartitionSpec())
+  x_mk = jax.ShapeDtypeStruct((1024, 256), jnp.bfloat16, sharding=rows)
+  w_kn = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16, sharding=whole)
+
+  @jax.jit
+  def total(x_mk, w_kn):
+    return jnp.sum(jnp.einsum('mk,kn->mn', x_mk, w_kn), axis=0)
+
+  return total.lower(x_mk, w_kn)
+
+
+def too_large(devices: Sequence[jax.Device]) -> jax.stages.Lowered:
+  """Does not fit: what the report of a compile error looks like."""
+  mesh = Mesh(np.array(devices), ('data',))
+  whole = NamedSharding(mesh, PartitionSpec())
+  x_mk = jax.ShapeDtypeStruct((1 << 18, 1 << 18), jnp.bfloat16, sharding=whole)
+  return jax.jit(jnp.sin).lower(x_mk)
+
+
+def abort(devices: Sequence[jax.Device]) -> jax.stages.Lowered:
+  """Kills the process, as the compiler itself may."""
+  del devices
+  os.abort()
+
+
+def tiny_train_step(devices: Sequence[jax.Device]) -> jax.stages.Lowered:
+  """Pretraining the demo's model, half of the devices on each mesh axis."""
+  run = config.from_dict(
+    pretrain.PretrainConfig, pretrain_config.get_config().to_dict()
+  )
+  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(data=-1, fsdp=2), devices)
+  tiny = stage.Stage(
+    workdir=epath.Path('unused'),
+    model=run.model,
+    train=run.train,
+    optim=run.optim,
+    mesh=mesh,
+    seed=0,
+    title='tiny',
+  )
+  loss_fn = pretrain.make_loss(
+    run.model, mtp_coef=run.mtp_coef, balance_coef=run.train.balance_coef
+  )
+  shape = (run.batch_size, run.row_length)
+  rows = lambda dtype: _struct(mesh, shape, dtype)
+  batch = types.Batch(
+    tokens_BT=rows(jnp.int32),
+    mask_BT=rows(jnp.float32),
+    segment_BT=rows(jnp.int32),
+    position_BT=rows(jnp.int32),
+    num_tokens=_struct(mesh, (), jnp.float32),
+    num_sequences=_struct(mesh, (), jnp.float32),
+  )
+  with jax.set_mesh(mesh):
+    return tiny.make_train_step(loss_fn).lower(tiny.abstract_state(), batch)
+
+
+def tiny_decode_step(devices: Sequence[jax.Device]) -> jax.stages.Lowered:
+  """Prefill and decode of the demo's model, 8 rows for each device."""
+  run = config.from_dict(
+    pretrain.PretrainConfig, pretrain_config.get_config().to_dict()
+  )
+  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(), devices)
+  program = generate.make_generate(
+    run.model,
+    mesh,
+    max_new_tokens=100,
+    sampling=filters.SamplingConfig(),
+    stop_ids=(1,),
+    pad_id=0,
+  )
+  B = 8 * len(devices)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  return program.lower(
+    stage.abstract_variables(run.model, mesh),
+    _struct(mesh, (B, 12), jnp.int32),
+    _struct(mesh, (B,), jnp.int32),
+    jax.ShapeDtypeStruct(
+      key.shape, key.dtype, sharding=sharding.replicated(mesh)
+    ),
+  )
+
+
+def _struct(
+  mesh: Mesh, shape: tuple[int, ...], dtype: jnp.dtype
+) -> jax.ShapeDtypeStruct:
+  """An array with rows first on the mesh, or a scalar."""
+  return jax.ShapeDtypeStruct(
+    shape, dtype, sharding=sharding.batch_sharding(mesh, len(shape))
+  )

@@ -1,0 +1,72 @@
+"""A small compile for a v5p: the part of the TPU tests that .ci/run runs."""
+
+import math
+
+import jax
+import pytest
+
+from configs import pretrain
+from r1jax import config
+from r1jax.model import config as model_config
+from r1jax.model import transformer
+from r1jax.parallel import sharding
+
+pytestmark = pytest.mark.tpu_smoke
+
+_TOPOLOGY = 'v5p:2x2x1'
+
+
+def test_matmul_compiles(compile_for_tpu):
+  name = 'programs:matmul'
+  report = compile_for_tpu(_TOPOLOGY, [name])[name]
+  assert report['device_kind'] == 'TPU v5'
+  assert report['num_devices'] == 4
+  # A quarter of x [1024, 256] and all of w [256, 256], 2 bytes each.
+  assert report['argument_bytes'] == 1024 * 256 * 2 // 4 + 256 * 256 * 2
+  assert sum(report['collectives'].values()) >= 1
+
+
+def _parameter_bytes() -> int:
+  """Of the demo's model, in float32."""
+  tiny = config.from_dict(
+    model_config.ModelConfig, pretrain.get_config().model.to_dict()
+  )
+  shapes = jax.eval_shape(lambda: transformer.init(tiny, jax.random.key(0)))
+  sizes = (math.prod(x.shape) for x in jax.tree.leaves(sharding.unbox(shapes)))
+  return 4 * sum(sizes)
+
+
+def test_the_tiny_train_step_compiles_sharded(compile_for_tpu):
+  name = 'programs:tiny_train_step'
+  report = compile_for_tpu(_TOPOLOGY, [name], timeout=550)[name]
+  assert report['num_devices'] == 4
+  # Parameters and two moments, nearly all of them halved over fsdp; lanes of
+  # 128 pad the narrow ones, to less than twice their size.
+  state = 3 * _parameter_bytes()
+  assert state / 2 < report['argument_bytes'] < state
+  assert report['output_bytes'] < state
+  assert report['temp_bytes'] < 2**30
+  collectives = report['collectives']
+  assert collectives['all-gather'] and collectives['all-reduce']
+
+
+def test_the_tiny_sampler_compiles_without_communication(compile_for_tpu):
+  name = 'programs:tiny_decode_step'
+  report = compile_for_tpu(_TOPOLOGY, [name], timeout=550)[name]
+  # Each device has all parameters (but MTP's) and decodes its own rows.
+  assert report['argument_bytes'] < 2 * _parameter_bytes()
+  assert report['temp_bytes'] < 2**28
+  assert report['collectives'] == {}
+
+
+def test_a_compile_error_names_its_program(compile_for_tpu):
+  names = ['programs:matmul', 'programs:too_large']
+  with pytest.raises(pytest.fail.Exception) as error:
+    compile_for_tpu(_TOPOLOGY, names)
+  assert 'programs:too_large failed, return code 1' in str(error.value)
+  assert 'RESOURCE_EXHAUSTED' in str(error.value)
+
+
+def test_an_abort_is_reported_with_its_return_code(compile_for_tpu):
+  with pytest.raises(pytest.fail.Exception, match='return code -6'):
+    compile_for_tpu(_TOPOLOGY, ['programs:abort'])

@@ -1,0 +1,77 @@
+"""Compiles programs for a TPU topology without a TPU; JSON on stdout.
+
+  python worker.py v5p:2x2x1 programs:matmul …
+
+Prints one line per program as soon as it is compiled, so that the next one is
+to blame when the compiler aborts the process, which it may.
+"""
+
+import collections
+import importlib
+import json
+import os
+import re
+import sys
+import time
+
+# Before jax: the CPU is the live backend, libtpu is only a compiler.
+os.environ.update(
+  JAX_PLATFORMS='cpu',
+  ALLOW_MULTIPLE_LIBTPU_LOAD='1',
+  TPU_ACCELERATOR_TYPE='v5litepod-4',
+  TPU_MIN_LOG_LEVEL='3',
+  TPU_SKIP_MDS_QUERY='1',
+  TPU_STDERR_LOG_LEVEL='3',
+  TPU_WORKER_HOSTNAMES='localhost',
+  TPU_WORKER_ID='0',
+)
+# Compiled for a topology, a program is written to the cache but never read.
+os.environ.pop('JAX_COMPILATION_CACHE_DIR', None)
+
+import jax  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+
+_COLLECTIVE = re.compile(
+  r'= \S+.* (all-reduce|all-gather|all-to-all|ragged-all-to-all|'
+  r'reduce-scatter|collective-permute)(?:-start)?\('
+)
+
+
+def main(topology: str, names: list[str]) -> None:
+  """Compiles each `module:function` for every device of the topology."""
+  devices = topologies.get_topology_desc(
+    platform='tpu', topology_name=topology
+  ).devices
+  for name in names:
+    module, function = name.split(':')
+    make = getattr(importlib.import_module(module), function)
+    start = time.monotonic()
+    lowered = make(devices)
+    traced = time.monotonic()
+    compiled = lowered.compile()
+    report = {
+      'program': name,
+      'device_kind': devices[0].device_kind,
+      'num_devices': len(devices),
+      'trace_seconds': round(traced - start, 2),
+      'compile_seconds': round(time.monotonic() - traced, 2),
+      **_describe(compiled),
+    }
+    print(json.dumps(report), flush=True)
+
+
+def _describe(compiled: jax.stages.Compiled) -> dict[str, object]:
+  """Returns per-device memory, FLOPs (a scan's body once) and collectives."""
+  memory = compiled.memory_analysis()
+  sites = collections.Counter(_COLLECTIVE.findall(compiled.as_text()))
+  return {
+    'argument_bytes': memory.argument_size_in_bytes,
+    'output_bytes': memory.output_size_in_bytes,
+    'temp_bytes': memory.temp_size_in_bytes,
+    'flops': compiled.cost_analysis().get('flops'),
+    'collectives': dict(sites),
+  }
+
+
+if __name__ == '__main__':
+  main(sys.argv[1], sys.argv[2:])
