@@ -1,4 +1,4 @@
-"""AdamW with the learning-rate schedules of the papers."""
+"""AdamW or Muon with the learning-rate schedules of the papers."""
 
 import dataclasses
 from typing import Any, Literal
@@ -6,6 +6,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
+
+from r1jax.train import muon
 
 # DeepSeek-V3's pre-training in trillions of tokens.
 _V3_TOTAL = 14.8
@@ -18,7 +20,7 @@ _V3_LAST_RATIO = 7.3e-6 / 2.2e-4
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-  """AdamW, a global-norm clip and a schedule.
+  """AdamW or Muon, a global-norm clip and a schedule.
 
   Attributes:
     peak_lr: Learning rate after the warm-up.
@@ -32,6 +34,7 @@ class OptimConfig:
     eps: Added to the root of the second moment.
     weight_decay: Decoupled, times the learning rate; see `is_decayed`.
     clip_norm: Largest global norm of the gradient.
+    kind: 'adamw' (V3), or 'muon' for the matrices inside the blocks.
   """
 
   peak_lr: float
@@ -43,11 +46,14 @@ class OptimConfig:
   eps: float = 1e-8
   weight_decay: float = 0.1
   clip_norm: float = 1.0
+  kind: Literal['adamw', 'muon'] = 'adamw'
 
   def __post_init__(self):
     _check(self, 'peak_lr', self.peak_lr > 0, 'must be positive')
     _check(self, 'warmup_steps', self.warmup_steps >= 0, 'must be at least 0')
     known = ('constant', 'cosine', 'v3')
+    kinds = ('adamw', 'muon')
+    _check(self, 'kind', self.kind in kinds, f'must be one of {kinds}')
     _check(self, 'schedule', self.schedule in known, f'must be one of {known}')
     ratio = self.final_lr_ratio
     _check(self, 'final_lr_ratio', 0 <= ratio <= 1, 'must lie in [0, 1]')
@@ -80,14 +86,17 @@ def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
 def make_optimizer(
   config: OptimConfig, num_steps: int
 ) -> optax.GradientTransformationExtraArgs:
-  """Returns clip -> Adam -> weight decay -> schedule.
+  """Returns clip -> Adam or Muon -> weight decay -> schedule.
 
   `update` takes the gradient's global norm as `grad_norm`: the train step
   needs it for its metrics anyway, so it is computed once.
   """
+  direction = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+  if config.kind == 'muon':
+    direction = muon.scale_by_muon_or(direction)
   return optax.chain(
     _clip_by_known_norm(config.clip_norm),
-    optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+    direction,
     optax.add_decayed_weights(config.weight_decay, mask=_decay_mask),
     optax.scale_by_learning_rate(make_schedule(config, num_steps)),
   )

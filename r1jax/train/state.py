@@ -122,12 +122,15 @@ def _state_shardings(
   shapes = jax.eval_shape(init)
   mesh = jax.tree.leaves(shardings)[0].mesh
   replicated = sharding.replicated(mesh)
+  is_left_out = lambda x: isinstance(x, optax.MaskedNode)
   opt_state = optax.tree_utils.tree_map_params(
     optimizer,
-    lambda _, sharding: sharding,
+    # An optimizer of some parameters keeps nothing for the others.
+    lambda kept, sharding: kept if is_left_out(kept) else sharding,
     shapes.opt_state,
     shardings['params'],
     transform_non_params=lambda _: replicated,
+    is_leaf=is_left_out,
   )
   return State(
     step=replicated,

@@ -21,6 +21,7 @@ from r1jax.recipe import stage as stage_lib
 from r1jax.rl.reward import strings
 from r1jax.train import checkpoint, metrics, source_state, workdir
 from r1jax.train import state as state_lib
+from tests import quick
 from tests.recipe import micro
 
 
@@ -34,7 +35,7 @@ def _programs() -> dict[str, Callable]:
 
 @functools.cache
 def _logp() -> Callable:
-  return jax.jit(grpo.make_logp(micro.model(), temperature=1.0))
+  return quick.jit(grpo.make_logp(micro.model(), temperature=1.0))
 
 
 class _Recorded:
@@ -244,7 +245,7 @@ def test_the_reference_is_read_only_with_a_kl_penalty():
   assert np.abs(batch.ref_logp_BT - batch.old_logp_BT).max() > 0.1
 
 
-@jax.jit
+@quick.jit
 def _balance(variables, batch: types.PolicyBatch) -> jax.Array:
   out = transformer.Transformer(micro.model()).apply(
     variables,
@@ -270,10 +271,10 @@ def test_loss_is_gain_plus_penalty_plus_balance(reduction):
   loss_fn = grpo.make_loss(
     config, loss_config, temperature=1.3, balance_coef=0.1
   )
-  loss, got = jax.jit(loss_fn)(variables, batch)
+  loss, got = quick.jit(loss_fn)(variables, batch)
 
   logp_BT = np.asarray(
-    jax.jit(grpo.make_logp(config, temperature=1.3))(variables, batch)
+    quick.jit(grpo.make_logp(config, temperature=1.3))(variables, batch)
   )
   balance_LB = _balance(variables, batch)
   weight_B = batch.mask_BT.sum(1) / batch.num_tokens

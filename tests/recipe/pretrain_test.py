@@ -19,6 +19,7 @@ from r1jax.recipe import stage as stage_lib
 from r1jax.train import metrics, optimizer
 from r1jax.train import state as state_lib
 from r1jax.train import step as step_lib
+from tests import quick
 from tests.recipe import micro
 
 _MTP_COEF, _BALANCE_COEF = 0.3, 0.05
@@ -54,7 +55,7 @@ def _output() -> tuple[transformer.Output, np.ndarray, np.ndarray]:
   """The model's output, log-probs of its next token and of its drafts."""
   config, batch = micro.model(), _batch()
   variables = micro.variables(config)
-  out = jax.jit(
+  out = quick.jit(
     functools.partial(transformer.Transformer(config).apply, mtp=True)
   )(
     variables,
@@ -93,7 +94,7 @@ def _gradient(num_microbatches: int = 1):
   gradient = step_lib._accumulate(
     step_lib._make_gradient(loss_fn), num_microbatches
   )
-  return jax.jit(gradient)(micro.variables(micro.model()), _batch())
+  return quick.jit(gradient)(micro.variables(micro.model()), _batch())
 
 
 @pytest.mark.slow
@@ -141,7 +142,7 @@ def test_evaluation_sums_equal_loops_over_the_tokens():
     draft_logp_BTV[b, t].argmax() == logp_BTV[b, t + 1].argmax()
     for b, t, _ in _ahead(2)
   ]
-  evaluate = jax.jit(pretrain.make_evaluate(micro.model()))
+  evaluate = quick.jit(pretrain.make_evaluate(micro.model()))
   sums = evaluate(micro.variables(micro.model()), _batch())
   assert float(sums['nats']) == pytest.approx(_nats(logp_BTV, 1), rel=1e-5)
   assert float(sums['tokens']) == len(list(_ahead(1)))
@@ -176,7 +177,7 @@ def test_drafts_that_the_main_model_makes_too_are_accepted():
   for name in ('embed_norm', 'hidden_norm'):
     scale = variables['params']['mtp_1'][name]
     scale['scale'] = jnp.ones_like(scale['scale'])
-  sums = jax.jit(pretrain.make_evaluate(config))(variables, _batch())
+  sums = quick.jit(pretrain.make_evaluate(config))(variables, _batch())
   assert float(sums['mtp_accepted']) == float(sums['mtp_tokens']) > 0
 
 
@@ -221,6 +222,7 @@ def eight_device_run(tmp_path_factory):
   return workdir, jax.device_get(state)
 
 
+@pytest.mark.slow
 def test_one_and_eight_devices_give_the_same_losses(
   one_device_run, eight_device_run
 ):
@@ -378,7 +380,7 @@ def _step_of_an_uneven_router():
     optimizer.OptimConfig(**micro.pretrain_dict()['optim']), 30
   )
   loss_fn = pretrain.make_loss(config, mtp_coef=0.0, balance_coef=0.0)
-  step = jax.jit(step_lib.make_train_step(loss_fn, adam))
+  step = quick.jit(step_lib.make_train_step(loss_fn, adam))
   return step, state_lib.init_state(lambda: variables, adam)
 
 
