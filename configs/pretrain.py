@@ -20,27 +20,28 @@ def get_config() -> ml_collections.ConfigDict:
       'data': get_corpus(maximum=100),
       'tokenizer': '',  # The one that ships.
       'row_length': 144,  # tokens
-      'batch_size': 16,  # rows
+      'batch_size': 8,  # rows
       'eval_rows': 64,
       'mtp_coef': 0.3,  # λ, as V3's first 10 T tokens.
       'optim': {
-        'peak_lr': 2.5e-3,
+        'kind': 'muon',  # ours: V3 has AdamW.
+        'peak_lr': 3e-3,
         'warmup_steps': 40,
         'schedule': 'cosine',
-        'final_lr_ratio': 0.1,
+        'final_lr_ratio': 0.05,
         'b1': 0.9,  # As V3, also the next three.
         'b2': 0.95,
         'weight_decay': 0.1,
         'clip_norm': 1.0,
       },
       'train': {
-        'num_steps': 1300,
+        'num_steps': 3000,
         'num_microbatches': 1,
         'bias_update_speed': 1e-3,  # γ, as V3.
         'balance_coef': 1e-4,  # α, as V3.
-        'checkpoint_every': 200,  # steps
+        'checkpoint_every': 500,  # steps
         'max_to_keep': 2,
-        'eval_every': 200,  # steps
+        'eval_every': 500,  # steps
         'reference_every': 0,
       },
       'mesh': {'data': -1, 'fsdp': 1},  # All devices.
@@ -58,10 +59,10 @@ def get_corpus(maximum: int) -> ml_collections.ConfigDict:
         'languages': ('en', 'zh'),
         'good_guess': 0.75,  # Divisions that try the right digit first.
       },
-      'clean': 0.15,
+      'clean': 0.10,
       'wrong': 0.07,
-      'missing_tags': 0.25,
-      'no_reasoning': 0.45,
+      'missing_tags': 0.50,
+      'no_reasoning': 0.25,
       'other_language': 0.04,
       'mixed_language': 0.04,
     }

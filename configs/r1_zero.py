@@ -55,7 +55,7 @@ def get_config() -> ml_collections.ConfigDict:
         'clip_norm': 1.0,
       },
       'train': {
-        'num_steps': 110,
+        'num_steps': 90,
         'num_microbatches': 1,
         'bias_update_speed': 0.0,  # γ = 0 outside pretraining.
         'balance_coef': 0.0,

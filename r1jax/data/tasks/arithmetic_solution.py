@@ -246,6 +246,8 @@ def _divide_digit(
     if product > rest:
       text += f'{comma}{rest}<{product}{comma}{label.too_big}'
       digit -= 1
+    elif product == rest:
+      return f'{text}{comma}{rest}={product}{comma}{label.accept}', digit, 0
     else:
       steps, remainder = _take_away(pen, rest, product, label)
       if remainder < b:

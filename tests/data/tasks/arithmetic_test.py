@@ -126,7 +126,7 @@ def _check_trial(text: str, rest: int, b: int, last: bool) -> int | None:
   head, verdict = re.fullmatch(
     '(.*), (too big|too small|ok: [0-9]+)', steps
   ).groups()
-  head, sign, work = re.fullmatch(f'(.*), {rest}([<-])(.*)', head).groups()
+  head, sign, work = re.fullmatch(f'(.*), {rest}([<=-])(.*)', head).groups()
   if b >= 10:
     head, stated = head.rsplit(', ', 1)
     assert int(stated) == product
@@ -135,6 +135,10 @@ def _check_trial(text: str, rest: int, b: int, last: bool) -> int | None:
     assert (sign, work) == ('<', str(product))
     assert (verdict, last) == ('too big', False)
     return None
+  if product == rest:
+    assert (sign, work, last) == ('=', str(product), True)
+    assert verdict.startswith('ok')
+    return 0
   assert sign == '-'
   remainder = rest - product
   if rest < 10:
@@ -244,12 +248,11 @@ def test_worked_examples_read_as_specified():
   assert solve('divide', 888, 24, 'en') == (
     '888÷24: 8<24; 88, try 3: 4×3=12, 2×3=6+1=7, 72, 88-72: '
     'ones: 8-2=6, tens: 8-7-0=1, 16, ok: 3; '
-    '168, try 7: 4×7=28, 2×7=14+2=16, 168, '
-    '168-168: ones: 8-8=0, tens: 6-6-0=0, hundreds: 1-1-0=0, 0, ok: 37; so 37'
+    '168, try 7: 4×7=28, 2×7=14+2=16, 168, 168=168, ok: 37; so 37'
   )
   assert solve('divide', 812, 4, 'zh') == (
-    '812÷4：8，试2：4×2=8，8-8=0，可以：2；1<4：20；12，试3：4×3=12，'
-    '12-12：个位：2-2=0，十位：1-1-0=0，0，可以：203；得203'
+    '812÷4：8，试2：4×2=8，8=8，可以：2；1<4：20；12，试3：4×3=12，'
+    '12=12，可以：203；得203'
   )
 
 
