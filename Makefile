@@ -1,8 +1,9 @@
 # Each target sets itself up: it needs Python 3.11 or newer and make only.
-#   make demo SEED=1          make bench PEERS=DIR
+#   make demo SEED=1          make bench PEERS=DIR PEERS_PYTHON=VENV/bin/python
 #   make demo PYTHON=/path/to/python3.12
 
 PYTHON ?= python3
+PEERS_PYTHON ?= python3
 SEED ?= 0
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
@@ -19,13 +20,15 @@ help:
 	@echo 'make test-all             fast and slow tests'
 	@echo 'make test-tpu             compile for real TPUs (downloads libtpu)'
 	@echo 'make lint | format        check or mend the style'
-	@echo 'make bench [PEERS=DIR]    speed, beside other projects if given'
+	@echo 'make bench [PEERS=DIR PEERS_PYTHON=VENV/bin/python]'
+	@echo '                          speed, beside other projects if given'
 
 demo: .venv/.installed
 	$(BIN)/python -m experiments.demo --workdir=runs/demo --seed=$(SEED)
 
 bench: .venv/.installed
-	$(BIN)/python -m experiments.bench $(if $(PEERS),--peers=$(PEERS))
+	$(BIN)/python -m experiments.bench $(if $(PEERS),--peers=$(PEERS) \
+	  --peers_python=$(PEERS_PYTHON))
 
 test: .venv/.installed
 	$(PYTEST) -q -m 'not slow and not tpu and not tpu_smoke'

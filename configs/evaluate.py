@@ -11,7 +11,7 @@ def get_config() -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(
     {
       'seed': 0,
-      'tokenizer': '',  # The one that ships.
+      'tokenizer': '',  # The workdir's.
       'task': {
         'maximum': 100,
         'languages': ('en', 'zh'),
@@ -19,7 +19,7 @@ def get_config() -> ml_collections.ConfigDict:
       'num_problems': 1000,  # Distinct held-out problems.
       'num_samples': 16,  # k, as R1-Zero's cons@16.
       'max_prompt_tokens': 12,
-      'max_new_tokens': 132,
+      'max_new_tokens': 164,
       'sampling': {'temperature': 1.0, 'top_k': 0, 'top_p': 1.0},
       'batch_size': 1000,  # Completions sampled at once.
       'mesh': {'data': -1, 'fsdp': 1},  # All devices.

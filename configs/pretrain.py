@@ -19,7 +19,7 @@ def get_config() -> ml_collections.ConfigDict:
       'model': tiny.get_config(),
       'data': get_corpus(maximum=100),
       'tokenizer': '',  # The one that ships.
-      'row_length': 144,  # tokens
+      'row_length': 176,  # tokens
       'batch_size': 8,  # rows
       'eval_rows': 64,
       'mtp_coef': 0.3,  # λ, as V3's first 10 T tokens.
@@ -35,7 +35,7 @@ def get_config() -> ml_collections.ConfigDict:
         'clip_norm': 1.0,
       },
       'train': {
-        'num_steps': 3000,
+        'num_steps': 2500,
         'num_microbatches': 1,
         'bias_update_speed': 1e-3,  # γ, as V3.
         'balance_coef': 1e-4,  # α, as V3.
@@ -57,7 +57,7 @@ def get_corpus(maximum: int) -> ml_collections.ConfigDict:
       'arithmetic': {
         'maximum': maximum,  # Operands and results lie in [0, maximum].
         'languages': ('en', 'zh'),
-        'good_guess': 0.75,  # Divisions that try the right digit first.
+        'good_guess': 0.8,  # Divisions that try the right digit first.
       },
       'clean': 0.10,
       'wrong': 0.07,
@@ -65,5 +65,6 @@ def get_corpus(maximum: int) -> ml_collections.ConfigDict:
       'no_reasoning': 0.25,
       'other_language': 0.04,
       'mixed_language': 0.04,
+      'uneven': 0.1,  # Divisions with a remainder.
     }
   )

@@ -15,25 +15,26 @@ def get_config() -> ml_collections.ConfigDict:
     {
       'seed': 0,
       'init_from': 'runs/base',
-      'tokenizer': '',  # The one that ships.
+      'tokenizer': '',  # The base's.
       'task': {
         'maximum': 100,
         'languages': ('en', 'zh'),
       },
+      'eval_problems': 1000,  # Held-out, greedy.
       'rollout': {
         'num_prompts': 32,  # R1-Zero.
         'group_size': 16,  # R1-Zero.
         'max_prompt_tokens': 12,
-        'max_new_tokens': 132,
+        'max_new_tokens': 164,
         'sampling': {
           'temperature': 1.0,  # R1-Zero.
           'top_k': 0,
           'top_p': 1.0,
         },
-        'num_minibatches': 2,
+        'num_minibatches': 4,
         'max_rollouts': 3,
-        'row_length': 144,
-        'rows_multiple': 88,
+        'row_length': 176,
+        'rows_multiple': 40,
         'format_weight': 1.0,  # Equal weights: R1-Zero.
         'accuracy_weight': 1.0,
         'gap_every': 10,
@@ -47,22 +48,23 @@ def get_config() -> ml_collections.ConfigDict:
         'advantage': 'group',
       },
       'optim': {
-        'peak_lr': 2.5e-4,
-        'warmup_steps': 5,
+        'kind': 'adamw',
+        'peak_lr': 4e-4,
+        'warmup_steps': 10,
         'schedule': 'cosine',
         'final_lr_ratio': 0.1,
         'weight_decay': 0.0,
         'clip_norm': 1.0,
       },
       'train': {
-        'num_steps': 90,
+        'num_steps': 180,
         'num_microbatches': 1,
         'bias_update_speed': 0.0,  # γ = 0 outside pretraining.
         'balance_coef': 0.0,
-        'checkpoint_every': 20,
+        'checkpoint_every': 60,
         'max_to_keep': 2,
-        'eval_every': 0,
-        'reference_every': 40,  # R1-Zero: 400 of 10,400 steps.
+        'eval_every': 60,
+        'reference_every': 80,  # R1-Zero: 400 of 10,400 steps.
       },
       'mesh': {'data': -1, 'fsdp': 1},  # All devices.
     }

@@ -193,8 +193,6 @@ def _guard(main: Callable[[], None]) -> int:
   except Exception as e:
     if _is_non_finite(e):
       return _fail(_one_line(e), 1)
-    if isinstance(e, config.UserError):
-      return _fail(_one_line(e), 2)
     full = _find_os_error(e, _NO_SPACE)
     if full is not None or 'No space left on device' in str(e):
       return _fail(
@@ -202,6 +200,8 @@ def _guard(main: Callable[[], None]) -> int:
         'finished are kept',
         1,
       )
+    if isinstance(e, config.UserError):
+      return _fail(_one_line(e), 2)
     denied = _find_os_error(e, _NO_ACCESS)
     if denied is not None and denied.filename is not None:
       return _fail(f'{denied.filename}: {denied.strerror}', 2)

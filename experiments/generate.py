@@ -1,24 +1,23 @@
 """Completes a prompt with a workdir's newest checkpoint, as it is sampled.
 
   python -m experiments.generate --workdir=runs/demo/seed_0/r1_zero \
-      --prompt='What is 37+45?'
+      --prompt='What is 37+45?' --config.sampling.temperature=0.6
 
 Without --prompt it asks for one line after another until Ctrl-D.
 """
 
-import json
 import sys
 import typing
 from collections.abc import Iterator
 
 from absl import flags
-from etils import epath
 
 from experiments import app
 from r1jax import config as config_lib
 
 if typing.TYPE_CHECKING:
   from r1jax.data import tokenizer as tokenizer_lib
+  from r1jax.sampling import stream as stream_lib
 
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'The run whose model answers.', required=True
@@ -34,36 +33,21 @@ _ADD_NEWLINE = flags.DEFINE_bool(
   True,
   'End a prompt that does not with a newline, as arithmetic prompts do.',
 )
-_TEMPERATURE = flags.DEFINE_float('temperature', 1.0, '0 is greedy.')
-_TOP_K = flags.DEFINE_integer(
-  'top_k', 0, 'Sample from so many best tokens; 0: from all.'
-)
-_TOP_P = flags.DEFINE_float(
-  'top_p', 1.0, 'Sample from the best tokens that hold this probability.'
-)
-_MAX_NEW_TOKENS = flags.DEFINE_integer(
-  'max_new_tokens', None, 'Longest completion; default: the context.', 1
-)
-_SEED = flags.DEFINE_integer('seed', 0, 'Of sampling; the n-th prompt differs.')
 
 
 def main() -> None:
   from r1jax.recipe import pretrain
   from r1jax.recipe import stage as stage_lib
-  from r1jax.sampling import filters
+  from r1jax.sampling import stream
 
-  try:
-    sampling = filters.SamplingConfig(
-      _TEMPERATURE.value, _TOP_K.value, _TOP_P.value
-    )
-  except ValueError as e:
-    raise config_lib.UserError(f'--{e}') from e
+  config = app.load(stream.StreamConfig)
   model = stage_lib.load_model_config(_WORKDIR.value)
-  tokenizer = pretrain.load_tokenizer(_tokenizer_path(), model)
+  path = stage_lib.load_tokenizer_path(_WORKDIR.value)
+  tokenizer = pretrain.load_tokenizer(path, model)
   encode = lambda text: encode_prompt(text, tokenizer, model.max_length)
   if _PROMPT.value is not None:
     encode(_PROMPT.value)  # What cannot be is said before anything is loaded.
-  complete = _make_complete(model, tokenizer, sampling)
+  complete = _make_complete(model, tokenizer, config)
   for index, text in enumerate(_prompts()):
     try:
       prompt_ids = encode(text)
@@ -98,7 +82,7 @@ def encode_prompt(
   return ids
 
 
-def _make_complete(model, tokenizer, sampling):
+def _make_complete(model, tokenizer, config: 'stream_lib.StreamConfig'):
   """Loads the model; returns complete(prompt_ids, index), which prints."""
   app.set_up_jax(default_host_devices=1)
   import jax
@@ -118,15 +102,15 @@ def _make_complete(model, tokenizer, sampling):
   sample = stream.Stream(
     model,
     variables,
-    sampling=sampling,
+    sampling=config.sampling,
     stop_ids=(tokenizer.eos_id,),
     pad_id=tokenizer.pad_id,
   )
   console = rich.console.Console()
-  key = jax.random.key(_SEED.value)
+  key = jax.random.key(config.seed)
 
   def complete(prompt_ids: list[int], index: int) -> None:
-    limit = _MAX_NEW_TOKENS.value or model.max_length
+    limit = config.max_new_tokens or model.max_length
     writer = transcript.Writer(tokenizer, console)
     token, count = None, 0
     if index:
@@ -144,12 +128,6 @@ def _make_complete(model, tokenizer, sampling):
       _note(f'stopped after {count} tokens: {reason}')
 
   return complete
-
-
-def _tokenizer_path() -> str:
-  """The tokenizer that the run was trained with."""
-  path = epath.Path(_WORKDIR.value) / 'config.json'
-  return json.loads(path.read_text()).get('tokenizer', '')
 
 
 def _prompts() -> Iterator[str]:
@@ -186,4 +164,4 @@ def _note(line: str) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  app.run(main, config_file='configs/generate.py')

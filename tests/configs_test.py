@@ -14,6 +14,7 @@ from r1jax.data import corpus, tokenizer
 from r1jax.data.tasks import arithmetic
 from r1jax.model import config as model_config
 from r1jax.recipe import demo, evaluation, grpo, pretrain
+from r1jax.sampling import stream
 
 _FOLDER = pathlib.Path(__file__).resolve().parents[1] / 'configs'
 _FILES = sorted(
@@ -21,13 +22,14 @@ _FILES = sorted(
   for path in _FOLDER.rglob('*.py')
   if path.name != '__init__.py'
 )
-# A key that only this kind of config has at its top.
+# A key that only this kind of config, or one above it, has at its top.
 _CLASSES = {
   'r1_zero': demo.DemoConfig,
   'rollout': grpo.GrpoConfig,
   'num_samples': evaluation.EvaluateConfig,
   'mtp_coef': pretrain.PretrainConfig,
   'attention': model_config.ModelConfig,
+  'sampling': stream.StreamConfig,
 }
 
 
@@ -38,7 +40,7 @@ def _values(name: str) -> dict:
 @functools.cache
 def _load(name: str):
   values = _values(name)
-  (cls,) = [cls for key, cls in _CLASSES.items() if key in values]
+  cls = next(cls for key, cls in _CLASSES.items() if key in values)
   return config_lib.from_dict(cls, values)
 
 

@@ -37,6 +37,9 @@ class CorpusConfig:
     no_reasoning: The right answer alone, in its tags.
     other_language: Right, worked in the other language.
     mixed_language: Right, worked in a language drawn for each step.
+    uneven: Share of documents, of whatever kind, about a division that leaves
+      a remainder. The task has none, but few enough divisions to know them
+      all by heart; these are the practice that makes division a skill.
   """
 
   arithmetic: arithmetic.ArithmeticConfig
@@ -46,12 +49,15 @@ class CorpusConfig:
   no_reasoning: float = 0.30
   other_language: float = 0.05
   mixed_language: float = 0.05
+  uneven: float = 0.0
 
   def __post_init__(self):
     shares = {kind: getattr(self, kind) for kind in KINDS}
     for kind, share in shares.items():
       if share < 0.0:
         raise ValueError(f'{kind}={share}, a share is at least 0')
+    if not 0.0 <= self.uneven < 1.0:
+      raise ValueError(f'uneven={self.uneven}, it must lie in [0, 1)')
     total = sum(shares.values())
     if abs(total - 1.0) > 1e-6:
       raise ValueError(f'shares sum to {total:.6g}, not to 1: {shares}')
@@ -241,9 +247,14 @@ def _draw(
   held_out: bool,
 ) -> tuple[str, str, str]:
   """Draws one document: (prompt, completion, kind)."""
-  problem = arithmetic.draw(config.arithmetic, rng, held_out=held_out)
+  if config.uneven and rng.random() < config.uneven:
+    problem = arithmetic.draw_uneven(config.arithmetic, rng)
+  else:
+    problem = arithmetic.draw(config.arithmetic, rng, held_out=held_out)
   u = rng.random()
   kind = next(kind for limit, kind in thresholds if u < limit)
+  if kind == 'wrong' and not arithmetic.is_even(problem):
+    kind = 'clean'  # A slip ends in one number, which would be a quotient.
   text = completion(config, problem, kind, rng)
   return arithmetic.prompt(problem), text, kind
 

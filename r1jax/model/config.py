@@ -117,7 +117,7 @@ class MoeConfig:
         f'top_k={self.top_k} of num_experts={self.num_experts}: top_k must '
         'lie between 1 and the number of experts'
       )
-    if self.num_experts % self.num_groups:
+    if self.num_groups < 1 or self.num_experts % self.num_groups:
       raise ValueError(
         f'num_groups={self.num_groups} must divide '
         f'num_experts={self.num_experts}'

@@ -11,6 +11,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -129,6 +131,23 @@ def put_batch(mesh: Mesh, batch: Any) -> Any:
   return jax.tree.map(
     lambda x: jax.device_put(x, batch_sharding(mesh, jnp.ndim(x))), batch
   )
+
+
+def put_local_batch(mesh: Mesh, batch: Any) -> Any:
+  """Moves this process's rows of a batch onto the mesh; scalars are global."""
+  return jax.tree.map(
+    lambda x: jax.make_array_from_process_local_data(
+      batch_sharding(mesh, np.ndim(x)), np.asarray(x)
+    ),
+    batch,
+  )
+
+
+def sum_over_processes(x: np.ndarray) -> np.ndarray:
+  """Adds a host array over all processes; each gets the sum."""
+  if jax.process_count() == 1:
+    return x
+  return multihost_utils.process_allgather(x).sum(axis=0)
 
 
 def num_batch_shards(mesh: Mesh) -> int:

@@ -4,6 +4,8 @@ import dataclasses
 import gc
 import json
 import os
+import resource
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,7 +29,10 @@ _MAY_DIFFER = (
   'base.train.eval_every',
   'base.train.max_to_keep',
   'r1_zero.mesh',
+  'r1_zero.rollout.gap_every',
+  'r1_zero.rollout.samples_every',
   'r1_zero.train.checkpoint_every',
+  'r1_zero.train.eval_every',
   'r1_zero.train.max_to_keep',
   'r1_zero.train.num_steps',
 )
@@ -85,10 +90,18 @@ def run(
   console.out()
   table.show(console, base, r1_zero, TITLES)
   console.out(
-    f'{seconds / 60:.1f} minutes in all, seed {seed}', highlight=False
+    f'{seconds / 60:.1f} minutes in all, seed {seed}, at most '
+    f'{peak_memory_mib():,.0f} MiB of memory',
+    highlight=False,
   )
   console.out(f'report: {os.fspath(path)}', highlight=False)
   return summary
+
+
+def peak_memory_mib() -> float:
+  """Most memory that this process ever held: what this call ran, no more."""
+  most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return most / (2**20 if sys.platform == 'darwin' else 2**10)
 
 
 def _with_paths(config: DemoConfig, folder: epath.Path) -> DemoConfig:

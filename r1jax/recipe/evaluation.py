@@ -31,7 +31,7 @@ class EvaluateConfig:
 
   Attributes:
     seed: Of the choice of questions and of sampling.
-    tokenizer: Path of a sentencepiece model; '' for the one that ships.
+    tokenizer: Path of a sentencepiece model; '' for that of the workdir.
     task: Where the questions come from.
     num_problems: Distinct held-out questions.
     num_samples: k, completions of each, besides a greedy one.
@@ -75,7 +75,8 @@ def run(
   """
   start = time.perf_counter()
   model = stage_lib.load_model_config(workdir)
-  tokenizer = pretrain.load_tokenizer(config.tokenizer, model)
+  path = config.tokenizer or stage_lib.load_tokenizer_path(workdir)
+  tokenizer = pretrain.load_tokenizer(path, model)
   mesh = stage_lib.make_mesh(config.mesh)
   config_check.check_rows('batch_size', config.batch_size, mesh)
   config_check.check_length(

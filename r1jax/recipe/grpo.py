@@ -92,8 +92,9 @@ class RolloutConfig:
         f'row_length={self.row_length} must hold max_prompt_tokens + '
         f'max_new_tokens = {longest}'
       )
-    if self.max_rollouts < 1:
-      raise ValueError(f'max_rollouts={self.max_rollouts} must be at least 1')
+    for name in ('max_rollouts', 'rows_multiple'):
+      if getattr(self, name) < 1:
+        raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +102,8 @@ class LossConfig:
   """The policy loss.
 
   Attributes:
-    clip_low: ε below 1.
-    clip_high: ε above 1.
+    clip_low: ε below 1; from 1 on there is no such bound.
+    clip_high: ε above 1; R1 has 10 for both.
     kl_coef: β of the k3 penalty; 0 leaves the reference out.
     reduction: 'sequence_mean' (GRPO) or 'token_mean' (DAPO).
     advantage: 'group' (divided by the group's population std) or 'centred'.
@@ -121,10 +122,10 @@ class LossConfig:
           f'{name}={getattr(self, name)!r}, it must be one of '
           f'{", ".join(known)}'
         )
-    if not 0 < self.clip_low < 1 or self.clip_high <= 0:
+    if self.clip_low <= 0 or self.clip_high <= 0:
       raise ValueError(
-        f'clip_low={self.clip_low} must lie in (0, 1) and '
-        f'clip_high={self.clip_high} above 0'
+        f'clip_low={self.clip_low} and clip_high={self.clip_high} must be '
+        'positive'
       )
 
 
@@ -135,8 +136,10 @@ class GrpoConfig:
   Attributes:
     seed: Of prompts and sampling.
     init_from: Workdir of the model to start from.
-    tokenizer: Path of a sentencepiece model; '' for the one that ships.
+    tokenizer: Path of a sentencepiece model; '' for that of `init_from`.
     task: Where the questions come from.
+    eval_problems: Held-out questions that are answered greedily every
+      `train.eval_every` steps and at the end; 0 for no evaluation.
     rollout: Sampling.
     loss: Policy loss.
     optim: Optimizer.
@@ -148,6 +151,7 @@ class GrpoConfig:
   init_from: str
   tokenizer: str
   task: arithmetic.ArithmeticConfig
+  eval_problems: int
   rollout: RolloutConfig
   loss: LossConfig
   optim: optimizer.OptimConfig
@@ -157,7 +161,14 @@ class GrpoConfig:
   def __post_init__(self):
     if not self.init_from:
       raise ValueError("init_from='' must name the workdir of a base model")
+    if self.eval_problems < 0:
+      raise ValueError(
+        f'eval_problems={self.eval_problems} must not be negative'
+      )
 
+
+# Characters of the longest answer, its sign included.
+_ANSWER_WIDTH = 16
 
 REDUCTIONS = {
   'sequence_mean': grpo.sequence_mean,
@@ -194,10 +205,13 @@ def make_loss(
     logp_BT, entropy_BT = token.next_token_logp(
       out.hidden_BTD, head_DV, batch.tokens_BT, temperature=temperature
     )
+    ref_logp_BT = batch.ref_logp_BT
+    if loss_config.kl_coef == 0:  # No reference: as if it were the policy.
+      ref_logp_BT = jax.lax.stop_gradient(logp_BT)
     loss_BT, terms = grpo.grpo_terms(
       logp_BT,
       batch.old_logp_BT,
-      batch.ref_logp_BT,
+      ref_logp_BT,
       batch.adv_BT,
       batch.mask_BT,
       clip_low=loss_config.clip_low,
@@ -206,13 +220,14 @@ def make_loss(
     )
     loss = reduce(loss_BT, batch)
     metrics = {
-      'rl/kl': grpo.token_mean(terms['kl'], batch),
       'rl/clip_fraction': grpo.token_mean(terms['clipped'], batch),
       'rl/entropy': grpo.token_mean(entropy_BT, batch),
       'rl/ratio_max': jnp.max(
         jnp.where(batch.mask_BT > 0, terms['ratio'], 1.0)
       ),
     }
+    if loss_config.kl_coef > 0:
+      metrics['rl/kl'] = grpo.token_mean(terms['kl'], batch)
     if out.moe is not None:
       loss += balance_coef * pretrain.balance(out.moe.balance_B, batch, metrics)
       metrics['moe/counts'] = out.moe.counts_E
@@ -253,7 +268,7 @@ def make_score(
 
   @jax.jit
   def score(rollout, answer_PA):
-    shape = (answer_PA.shape[0], config.group_size, -1)
+    shape = (answer_PA.shape[0], -1, rollout.tokens_BT.shape[-1])
     tokens_PGT = rollout.tokens_BT.reshape(shape)
     mask_PGT = rollout.mask_BT.reshape(shape)
     accuracy_PG = rule.accuracy_reward(
@@ -348,8 +363,6 @@ class GrpoSource:
     self._logp = jax.jit(
       make_logp(model, temperature=config.sampling.temperature)
     )
-    # Longest integer an answer may have, sign included.
-    self._answer_width = 16
     self._num_rollouts = 0
     self._num_batches = 0
     self._pending: list[types.PolicyBatch] = []
@@ -410,6 +423,7 @@ class GrpoSource:
         batch = dataclasses.replace(batch, ref_logp_BT=np.asarray(ref_logp_BT))
       minibatches.append(batch)
     metrics = self._metrics(merged, score, np.concatenate(informative))
+    metrics['rl/reward_trained'] = score['reward'][groups].mean()
     if c.gap_every and self._num_batches % c.gap_every == 1 % c.gap_every:
       metrics |= self._gap(state.variables, minibatches[0])
     self._write(step, metrics)
@@ -427,7 +441,7 @@ class GrpoSource:
       questions, self._tokenizer, c.max_prompt_tokens
     )
     answer_PA = strings.answer_ids(
-      [q.answer for q in questions], width=self._answer_width
+      [q.answer for q in questions], width=_ANSWER_WIDTH
     )
     prompt_BT, length_B = sharding.put_batch(
       self._mesh,
@@ -512,7 +526,8 @@ def run(
     UserError: What the config asks for cannot be.
   """
   model = stage_lib.load_model_config(config.init_from)
-  tokenizer = pretrain.load_tokenizer(config.tokenizer, model)
+  path = config.tokenizer or stage_lib.load_tokenizer_path(config.init_from)
+  tokenizer = pretrain.load_tokenizer(path, model)
   mesh = stage_lib.make_mesh(config.mesh)
   _check_sizes(config, model, mesh)
   stage = stage_lib.Stage(
@@ -552,10 +567,58 @@ def run(
       write_samples=writer.write,
     )
 
-  resolved = config_lib.to_dict(config) | {'model': config_lib.to_dict(model)}
+  resolved = config_lib.to_dict(config)
+  resolved |= {'model': config_lib.to_dict(model), 'tokenizer': path}
   return stage_lib.run(
-    stage, resolved, loss_fn=loss_fn, make_source=make_source
+    stage,
+    resolved,
+    loss_fn=loss_fn,
+    make_source=make_source,
+    evaluate=_make_held_out(config, model, mesh, tokenizer),
   )
+
+
+def _make_held_out(
+  config: GrpoConfig,
+  model: model_config.ModelConfig,
+  mesh: jax.sharding.Mesh,
+  tokenizer: tokenizer_lib.Tokenizer,
+) -> Callable[[Any], dict[str, float]] | None:
+  """Builds evaluate(variables) -> greedy accuracy, format, mean length."""
+  if not config.eval_problems:
+    return None
+  rollout = config.rollout
+  questions = [
+    to_question(problem)
+    for problem in arithmetic.evaluation_problems(
+      config.task, config.eval_problems, config.seed
+    )
+  ]
+  prompts = encode_prompts(questions, tokenizer, rollout.max_prompt_tokens)
+  answer_PA = strings.answer_ids(
+    [q.answer for q in questions], width=_ANSWER_WIDTH
+  )
+  greedy = generate.make_generate(
+    model,
+    mesh,
+    max_new_tokens=rollout.max_new_tokens,
+    sampling=filters.SamplingConfig(temperature=0.0),
+    stop_ids=(tokenizer.eos_id,),
+    pad_id=tokenizer.pad_id,
+  )
+  score = make_score(tokenizer, rollout)
+  key = jax.random.key(0)  # Greedy: nothing is drawn.
+
+  def evaluate(variables: Any) -> dict[str, float]:
+    best = greedy(variables, *sharding.put_batch(mesh, prompts), key)
+    scores = jax.device_get(score(best, answer_PA))
+    return {
+      'eval/greedy': float(scores['accuracy'].mean()),
+      'eval/format': float(scores['format'].mean()),
+      'eval/length': float(best.mask_BT.sum(1).mean()),
+    }
+
+  return evaluate
 
 
 def _check_sizes(
@@ -576,6 +639,7 @@ def _check_sizes(
     mesh,
     num_microbatches=config.train.num_microbatches,
   )
+  config_check.check_rows('eval_problems', config.eval_problems, mesh)
   config_check.check_length('rollout.row_length', rollout.row_length, model)
 
 

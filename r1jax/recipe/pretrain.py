@@ -36,7 +36,8 @@ class PretrainConfig:
     tokenizer: Path of a sentencepiece model; '' for the one that ships.
     row_length: Tokens of a packed row.
     batch_size: Rows of a global batch.
-    eval_rows: Most held-out rows of an evaluation.
+    eval_rows: Held-out rows of an evaluation on the generated corpus; the
+      held-out part of text files is evaluated whole.
     mtp_coef: λ of the MTP loss.
     optim: Optimizer.
     train: Loop.
@@ -63,6 +64,10 @@ class PretrainConfig:
         f'row_length={self.row_length} exceeds model.max_length='
         f'{self.model.max_length}'
       )
+    if self.row_length < 2:
+      raise ValueError(f'row_length={self.row_length} must be at least 2')
+    if self.eval_rows < 1:
+      raise ValueError(f'eval_rows={self.eval_rows} must be at least 1')
 
 
 def load_tokenizer(
@@ -92,7 +97,7 @@ class _MeshSource:
     self.get_state, self.set_state = source.get_state, source.set_state
 
   def next(self, state: Any) -> types.Batch:
-    return sharding.put_batch(self._mesh, self._source.next(state))
+    return sharding.put_local_batch(self._mesh, self._source.next(state))
 
 
 def run(
@@ -142,6 +147,7 @@ def run(
         shuffle_seed=config.seed if num_bytes else None,
         host_index=jax.process_index(),
         host_count=jax.process_count(),
+        reduce=sharding.sum_over_processes,
       ),
       mesh,
     )

@@ -26,6 +26,8 @@ MAY_DIFFER = (
   'train.checkpoint_every',
   'train.max_to_keep',
   'train.eval_every',
+  'rollout.gap_every',
+  'rollout.samples_every',
   'mesh',
 )
 
@@ -56,11 +58,9 @@ class TrainConfig:
   reference_every: int
 
   def __post_init__(self):
-    if self.num_steps < 1 or self.num_microbatches < 1:
-      raise ValueError(
-        f'num_steps={self.num_steps}, num_microbatches='
-        f'{self.num_microbatches}: both must be at least 1'
-      )
+    for name in ('num_steps', 'num_microbatches', 'max_to_keep'):
+      if getattr(self, name) < 1:
+        raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
 
 
 @dataclasses.dataclass
@@ -95,7 +95,10 @@ class Stage:
     self.optimizer = optimizer.make_optimizer(self.optim, self.train.num_steps)
     key = jax.random.key(self.seed)
     boxed = jax.eval_shape(lambda: transformer.init(self.model, key))
-    self.shardings = sharding.tree_shardings(self.mesh, boxed)
+    try:
+      self.shardings = sharding.tree_shardings(self.mesh, boxed)
+    except ValueError as e:
+      raise config_lib.UserError(str(e)) from e
     self._init = lambda: sharding.unbox(transformer.init(self.model, key))
     # Outside `jax.set_mesh`, like `new_state`: one row initialises the model,
     # which does not divide over devices.
@@ -132,7 +135,7 @@ class Stage:
       self.optimizer,
       num_microbatches=self.train.num_microbatches,
       update_router=self._update_router(),
-      reference_every=self.train.reference_every,
+      reference_every=self.train.reference_every * self.with_reference,
       schedule=optimizer.make_schedule(self.optim, self.train.num_steps),
     )
     shardings = jax.tree.map(lambda s: s.sharding, self.abstract_state())
@@ -172,17 +175,32 @@ def load_model_config(workdir: str) -> model_config.ModelConfig:
   Raises:
     UserError: The directory is no workdir with a model.
   """
+  model = _read_config(workdir)['model']
+  return config_lib.from_dict(model_config.ModelConfig, model, 'model')
+
+
+def load_tokenizer_path(workdir: str) -> str:
+  """The tokenizer that a workdir's model was trained with; '' if it ships.
+
+  Raises:
+    UserError: The directory is no workdir with a model.
+  """
+  return _read_config(workdir).get('tokenizer', '')
+
+
+def _read_config(workdir: str) -> dict[str, Any]:
   path = epath.Path(workdir) / 'config.json'
   try:
     values = json.loads(path.read_text())
-    model = values['model']
   except FileNotFoundError as e:
     raise config_lib.UserError(
       f'{workdir} is not a workdir: {path} does not exist'
     ) from e
-  except (json.JSONDecodeError, KeyError, TypeError) as e:
-    raise config_lib.UserError(f'{path} holds no model config') from e
-  return config_lib.from_dict(model_config.ModelConfig, model, 'model')
+  except json.JSONDecodeError:
+    values = None
+  if not isinstance(values, dict) or 'model' not in values:
+    raise config_lib.UserError(f'{path} holds no model config')
+  return values
 
 
 def load_variables(
@@ -227,9 +245,13 @@ def run(
     The last state.
   """
   train = stage.train
-  resumed = workdir_lib.prepare(stage.workdir, resolved, may_differ=MAY_DIFFER)
   shown = progress.Progress(train.num_steps, title=stage.title)
   start = time.perf_counter()
+  state = None
+  if stage.init_from and not (stage.workdir / 'config.json').exists():
+    # Before the workdir is claimed: a wrong `init_from` must leave nothing.
+    state = stage.new_state(shown.say)
+  resumed = workdir_lib.prepare(stage.workdir, resolved, may_differ=MAY_DIFFER)
   with checkpoint.Checkpoints(
     stage.workdir / 'checkpoints',
     max_to_keep=train.max_to_keep,
@@ -239,12 +261,15 @@ def run(
     if resumed:
       restored = checkpoints.restore_latest(stage.abstract_state())
     if restored is None:
-      state, source_state, step = stage.new_state(shown.say), None, 0
+      state = state or stage.new_state(shown.say)
+      source_state, step = None, 0
     else:
       state, source_state, step = restored
       shown.say(f'{stage.title}: going on from step {step}')
     if step >= train.num_steps:
       shown.say(f'{stage.title}: finished already, at step {step}')
+      if not (stage.workdir / 'summary.json').exists():  # Killed before it.
+        write_summary(stage.workdir, train.num_steps, 0.0)
       return state
     with (
       jax.set_mesh(stage.mesh),
@@ -276,7 +301,7 @@ def run(
       if evaluate is not None:
         hooks.append(loop.Every(train.eval_every, evaluate_and_write, last))
       if stage.profile_steps:
-        hooks += profile_hooks(stage.workdir, step + 10, stage.profile_steps)
+        hooks += profile_hooks(stage.workdir, step, last, stage.profile_steps)
       hooks.append(loop.Every(train.checkpoint_every, save, last))
       state = loop.fit(
         state,
@@ -300,7 +325,7 @@ def load_metrics(counts_LE: Any) -> dict[str, float]:
 
 
 def write_summary(workdir: epath.Path, num_steps: int, seconds: float) -> None:
-  """Adds this run's wall time to summary.json: resumed runs add up."""
+  """Adds the wall time of a run that reached the end to summary.json."""
   path = workdir / 'summary.json'
   before = json.loads(path.read_text())['seconds'] if path.exists() else 0.0
   summary = {'num_steps': num_steps, 'seconds': before + seconds}
@@ -308,9 +333,22 @@ def write_summary(workdir: epath.Path, num_steps: int, seconds: float) -> None:
 
 
 def profile_hooks(
-  workdir: epath.Path, first: int, num_steps: int
+  workdir: epath.Path, start: int, last: int, num_steps: int
 ) -> Sequence[loop.Hook]:
-  """Traces steps first+1 … first+num_steps into workdir/profile."""
+  """Traces so many steps into workdir/profile, from the 11th of this run on.
+
+  A run that ends before them is traced earlier; its first step, which
+  compiles, is not.
+
+  Raises:
+    UserError: The run has not so many steps.
+  """
+  first = min(start + 10, last - num_steps)
+  if first <= start:
+    raise config_lib.UserError(
+      f'profile_steps={num_steps}, but only {max(last - start - 1, 0)} steps '
+      'can be traced: those after the first of this run'
+    )
   folder = str(workdir / 'profile')
   return [
     loop.At(first, lambda *_: jax.profiler.start_trace(folder)),

@@ -27,7 +27,7 @@ class _Decoding:
     num_B: int32, tokens sampled.
     done_B: A stop token was sampled.
     length_B: int32, tokens of the prompt.
-    row_B: int32, which row of the batch it is.
+    row_B: int32, which row of the global batch it is.
     cache: Latents of prompt and fed tokens.
   """
 
@@ -52,8 +52,8 @@ def phases(max_new_tokens: int, batch: int) -> tuple[tuple[int, int], ...]:
   while end < max_new_tokens and wave > 32 and len(out) < 2:
     out.append((end, wave))
     end, wave = 2 * end, max(wave // 4, 32)
-  while batch % wave:
-    wave -= 1
+    while batch % wave:
+      wave -= 1
   return (*out, (max_new_tokens, wave))
 
 
@@ -62,6 +62,7 @@ def generate(
   variables: Any,
   prompt_BT: jax.Array,
   length_B: jax.Array,
+  row_B: jax.Array,
   key: jax.Array,
   *,
   max_new_tokens: int,
@@ -73,14 +74,16 @@ def generate(
 
   Decode steps take the same cache slot in every row, behind the padded
   prompts, so that each step is one in-place update; positions and masks make
-  ragged rows exact. The rows are put together at the end. A row's tokens do
-  not depend on which rows are decoded beside it.
+  ragged rows exact. The rows are put together at the end. A row's tokens
+  depend on its number and the key, not on the rows decoded beside it, nor on
+  the devices that the batch is spread over.
 
   Args:
     config: Of the model.
     variables: Its parameters and router biases.
     prompt_BT: int32, right-padded.
     length_B: int32, tokens of each prompt, at least 1.
+    row_B: int32, number of each row in the global batch.
     key: Random key.
     max_new_tokens: Longest completion, the stop token included.
     sampling: Temperature and filters.
@@ -105,9 +108,10 @@ def generate(
     if sampling.temperature == 0:
       token_B = jnp.argmax(logp_BV, axis=-1).astype(jnp.int32)
     else:
-      # Drawn for the whole batch: the same for a row in whichever wave.
-      uniform_B = jax.random.uniform(jax.random.fold_in(key, step), (B,))
-      token_B = _draw(uniform_B[row_B], logp_BV)
+      keys_B = jax.vmap(jax.random.fold_in, (None, 0))(
+        jax.random.fold_in(key, step), row_B
+      )
+      token_B = _draw(jax.vmap(jax.random.uniform)(keys_B), logp_BV)
     taken_B1 = jnp.take_along_axis(logp_BV, token_B[:, None], axis=-1)
     return token_B, taken_B1[:, 0]
 
@@ -149,7 +153,6 @@ def generate(
     last_BD = jnp.take_along_axis(
       out.hidden_BTD, (length_B - 1)[:, None, None], axis=1
     )[:, 0]
-    row_B = jnp.arange(B, dtype=jnp.int32)
     token_B, logp_B = sample(last_BD, row_B, 0)
     d = _Decoding(
       new_BX=place(jnp.full((B, max_new_tokens), pad_id), 0, token_B),
@@ -251,7 +254,7 @@ def make_generate(
   """A jitted (variables, prompt_BT, length_B, key) -> Rollout on a mesh.
 
   Each shard of the batch runs its own loop and leaves it when its own rows
-  are done; its key is folded with the shard's first row.
+  are done.
   """
 
   def run(variables, prompt_BT, length_B, row_B, key):
@@ -260,7 +263,8 @@ def make_generate(
       variables,
       prompt_BT,
       length_B,
-      jax.random.fold_in(key, row_B[0]),
+      row_B,
+      key,
       max_new_tokens=max_new_tokens,
       sampling=sampling,
       stop_ids=stop_ids,

@@ -17,6 +17,27 @@ from r1jax.sampling import filters
 _LEAST_WIDTH = 16  # Prompts are padded to 16, 32, 64, … tokens.
 
 
+@dataclasses.dataclass(frozen=True)
+class StreamConfig:
+  """How prompts are completed one at a time.
+
+  Attributes:
+    seed: Of sampling; each prompt draws anew.
+    max_new_tokens: Longest completion; 0 for what the context holds.
+    sampling: Temperature and filters.
+  """
+
+  seed: int
+  max_new_tokens: int
+  sampling: filters.SamplingConfig
+
+  def __post_init__(self):
+    if self.max_new_tokens < 0:
+      raise ValueError(
+        f'max_new_tokens={self.max_new_tokens} must not be negative'
+      )
+
+
 class Stream:
   """Samples one completion of one prompt at a time.
 

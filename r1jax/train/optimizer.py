@@ -29,8 +29,8 @@ class OptimConfig:
       `final_lr_ratio` at the last step; 'v3', DeepSeek-V3's in fractions of
       the run (constant, cosine to 0.1, 0.1, then 0.033 of the peak).
     final_lr_ratio: Last learning rate of 'cosine' as a share of the peak.
-    b1: Decay of the first moment.
-    b2: Decay of the second moment.
+    b1: Decay of Adam's first moment.
+    b2: Decay of Adam's second moment.
     eps: Added to the root of the second moment.
     weight_decay: Decoupled, times the learning rate; see `is_decayed`.
     clip_norm: Largest global norm of the gradient.

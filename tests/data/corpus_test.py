@@ -54,6 +54,24 @@ def test_shares_are_as_configured(documents):
     assert abs(kinds.count(kind) / len(kinds) - share) < four_sigma
 
 
+def test_divisions_with_a_remainder_have_their_share():
+  config = corpus.CorpusConfig(_TASK, uneven=0.2)
+  documents = [corpus.document(config, 0, i) for i in range(4000)]
+  uneven = 0
+  for prompt, text, kind in documents:
+    a, symbol, b = _PROMPT.fullmatch(prompt).groups()
+    if symbol != '÷' or int(a) % int(b) == 0:
+      continue
+    uneven += 1
+    assert kind != 'wrong'
+    if kind == 'no_reasoning':
+      rest = int(a) % int(b)
+      expected = f'{b}×{int(a) // int(b)}+{rest}'
+      assert text == f'<answer>{expected}</answer>'
+  four_sigma = 4 * np.sqrt(0.2 * 0.8 / len(documents))
+  assert abs(uneven / len(documents) - 0.2) < four_sigma
+
+
 def test_no_document_is_held_out(documents):
   for prompt, _, _ in documents:
     key, _, _ = _read(prompt)

@@ -24,7 +24,7 @@ def run(tmp_path_factory):
         '-m',
         'experiments.generate',
         f'--workdir={folder}',
-        '--temperature=0',
+        '--config.sampling.temperature=0',
         *arguments,
       ],
       cwd=_ROOT,
@@ -37,6 +37,7 @@ def run(tmp_path_factory):
   return run
 
 
+@pytest.mark.slow
 def test_every_line_is_a_prompt_until_one_is_too_long(run):
   result = run(prompts=f'What is 3+4?\n\n你好🎉\n{"1" * 70}\n')
   whole = r'thinking:\nanswer:\n\d\n'
@@ -51,7 +52,7 @@ def test_every_line_is_a_prompt_until_one_is_too_long(run):
 
 
 def test_a_prompt_as_it_is_and_an_end_before_the_end(run):
-  result = run('--prompt=1\\n', '--noadd_newline', '--max_new_tokens=3')
+  result = run('--prompt=1\\n', '--noadd_newline', '--config.max_new_tokens=3')
   assert result.stdout == 'thinking:\nanswer:\n'
   assert result.stderr.splitlines()[-1] == (
     'stopped after 3 tokens: max_new_tokens'

@@ -28,6 +28,8 @@ def get_config(stage: str = '') -> ml_collections.ConfigDict:
   config.r1_zero.train.update(
     {'num_steps': 4, 'checkpoint_every': 1, 'reference_every': 2}
   )
+  config.r1_zero.train.eval_every = 2
+  config.r1_zero.eval_problems = 8
   config.evaluate.update({'num_problems': 8, 'num_samples': 2})
   config.evaluate.update({'max_new_tokens': 20, 'batch_size': 8})
   return config[stage] if stage else config

@@ -93,6 +93,12 @@ def _sequences(batch: types.PolicyBatch):
       yield tuple(batch.tokens_BT[b, at_T]), float(adv_T[0]), mask_T.sum()
 
 
+@pytest.fixture(scope='module', autouse=True)
+def compiled():
+  """The programs of `_programs` run once, so that no test waits for them."""
+  _Recorded().take(1, _random())
+
+
 def test_the_same_seed_gives_the_same_batches():
   first = _Recorded(seed=3).take(3, _random())
   _assert_equal(_Recorded(seed=3).take(3, _random()), first)
@@ -430,7 +436,9 @@ def test_samples_past_the_restored_step_are_dropped(tmp_path):
     ({'rollout__sampling': {'top_k': 5}}, 'sampling.top_k=5'),
     ({'loss__reduction': 'mean'}, "loss: reduction='mean'"),
     ({'loss__advantage': 'gae'}, "advantage='gae'"),
-    ({'loss__clip_low': 1.5}, 'clip_low=1.5'),
+    ({'loss__clip_low': 0.0}, 'clip_low=0.0'),
+    ({'rollout__rows_multiple': 0}, 'rows_multiple=0 must be at least 1'),
+    ({'eval_problems': -8}, 'eval_problems=-8'),
     ({'rollout__grup_size': 8}, "did you mean 'group_size'"),
   ],
 )

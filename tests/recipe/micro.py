@@ -103,6 +103,7 @@ def grpo_dict(init_from: str, /, **changes) -> dict[str, Any]:
     'init_from': init_from,
     'tokenizer': '',
     'task': {'maximum': 100},
+    'eval_problems': 0,
     'rollout': dataclasses.asdict(rollout()),
     'loss': dataclasses.asdict(policy_loss()),
     'optim': _optim(1e-2),

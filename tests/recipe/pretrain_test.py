@@ -255,10 +255,11 @@ def test_a_run_keeps_its_config_figures_and_checkpoint(one_device_run):
   jax.tree.map(np.testing.assert_array_equal, variables, state.variables)
 
 
-def test_init_from_starts_at_the_other_runs_variables(one_device_run, tmp_path):
-  workdir, state = one_device_run
+@pytest.fixture(scope='module')
+def second_stage(one_device_run, tmp_path_factory):
+  """What a stage that starts from another run says, and its state."""
   stage = stage_lib.Stage(
-    workdir=tmp_path,
+    workdir=tmp_path_factory.mktemp('second'),
     model=micro.model(),
     train=stage_lib.TrainConfig(**micro.pretrain_dict()['train']),
     optim=optimizer.OptimConfig(**micro.pretrain_dict()['optim']),
@@ -266,10 +267,17 @@ def test_init_from_starts_at_the_other_runs_variables(one_device_run, tmp_path):
     seed=5,
     title='test',
     with_reference=True,
-    init_from=str(workdir),
+    init_from=str(one_device_run[0]),
   )
   said = []
-  new = stage.new_state(said.append)
+  return said, stage.new_state(said.append)
+
+
+def test_init_from_starts_at_the_other_runs_variables(
+  one_device_run, second_stage
+):
+  workdir, state = one_device_run
+  said, new = second_stage
   assert said[-1] == f'starting from step 3 of {workdir}'
   assert int(new.step) == 0
   equal = np.testing.assert_array_equal
@@ -298,6 +306,10 @@ def test_dry_run_returns_sizes_and_leaves_no_workdir(tmp_path):
     ({'row_length': 65}, 'row_length=65 exceeds model.max_length=64'),
     ({'model__moe__top_k': 5}, 'top_k=5 of num_experts=4'),
     ({'train__num_steps': 0}, 'num_steps=0'),
+    ({'train__max_to_keep': 0}, 'train: max_to_keep=0 must be at least 1'),
+    ({'model__moe__num_groups': 0}, 'num_groups=0 must divide'),
+    ({'row_length': 1}, 'row_length=1 must be at least 2'),
+    ({'eval_rows': 0}, 'eval_rows=0 must be at least 1'),
     ({'optim__schedule': 'linear'}, "optim.schedule='linear'"),
     ({'data__arithmetic__maximum': 5}, 'maximum=5'),
     ({'trian': {}}, "'trian' (did you mean 'train'?)"),
@@ -325,6 +337,8 @@ def test_a_run_that_cannot_start_is_the_users_error(changes, message, tmp_path):
   with pytest.raises(config_lib.UserError) as error:
     _run(tmp_path / 'run', micro.one_device(), **changes)
   assert message in str(error.value)
+  # The same command, corrected, may use the workdir.
+  assert not (tmp_path / 'run' / 'config.json').exists()
 
 
 def _gsm8k_head(shared_data, folder, num_lines: int) -> str:

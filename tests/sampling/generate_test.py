@@ -42,8 +42,10 @@ def _options(sampling):
 def _generate(sampling, prompts=None):
   """A rollout on one device, on the host."""
   run = functools.partial(generate.generate, _CONFIG, **_options(sampling))
-  args = (tiny.variables(_CONFIG), *(prompts or _prompts()), jax.random.key(1))
-  return jax.device_get(quick.jit(run)(*args))
+  prompt_BT, length_B = prompts or _prompts()
+  row_B = np.arange(len(length_B), dtype=np.int32)
+  args = (tiny.variables(_CONFIG), prompt_BT, length_B, row_B)
+  return jax.device_get(quick.jit(run)(*args, jax.random.key(1)))
 
 
 @functools.cache
@@ -167,20 +169,22 @@ def test_padding_of_prompts_changes_nothing():
   np.testing.assert_array_equal(r.tokens_BT, _rollout().tokens_BT)
 
 
-def test_eight_devices_sample_what_one_does():
+@pytest.mark.parametrize('greedy', [False, True])
+def test_eight_devices_sample_what_one_does(greedy):
   mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(data=8))
-  run = quick.jit(generate.make_generate(_CONFIG, mesh, **_options(_GREEDY)))
+  options = _options(_GREEDY if greedy else _SAMPLED)
+  run = quick.jit(generate.make_generate(_CONFIG, mesh, **options))
   r = jax.device_get(
     run(tiny.variables(_CONFIG), *_prompts(), jax.random.key(1))
   )
-  expected = _rollout(greedy=True)
+  expected = _rollout(greedy=greedy)
   for field in dataclasses.fields(expected):
     np.testing.assert_allclose(
       getattr(r, field.name), getattr(expected, field.name), atol=1e-5
     )
 
 
-@pytest.mark.parametrize('batch', [1, 7, 32, 33, 48, 64, 100, 256, 1000])
+@pytest.mark.parametrize('batch', [1, 7, 32, 33, 48, 64, 100, 250, 256, 1000])
 @pytest.mark.parametrize('num_new', [1, 2, 31, 32, 33, 64, 65, 500])
 def test_phases_end_with_the_last_token_and_waves_divide_the_batch(
   batch, num_new

@@ -53,6 +53,7 @@ def _expected(prompts, num_tokens):
       variables,
       padded_BT,
       length_B,
+      np.arange(len(prompts), dtype=np.int32),
       _KEY,
       max_new_tokens=num_tokens,
       sampling=_GREEDY,

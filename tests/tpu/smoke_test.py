@@ -5,11 +5,12 @@ import math
 import jax
 import pytest
 
-from configs import pretrain
+from configs import pretrain as pretrain_config
 from r1jax import config
-from r1jax.model import config as model_config
 from r1jax.model import transformer
 from r1jax.parallel import sharding
+from r1jax.recipe import pretrain
+from r1jax.train import optimizer
 
 pytestmark = pytest.mark.tpu_smoke
 
@@ -26,23 +27,27 @@ def test_matmul_compiles(compile_for_tpu):
   assert sum(report['collectives'].values()) >= 1
 
 
-def _parameter_bytes() -> int:
-  """Of the demo's model, in float32."""
-  tiny = config.from_dict(
-    model_config.ModelConfig, pretrain.get_config().model.to_dict()
+def _bytes() -> tuple[int, int]:
+  """Of the demo's parameters, and of what its optimizer keeps of them."""
+  run = config.from_dict(
+    pretrain.PretrainConfig, pretrain_config.get_config().to_dict()
   )
-  shapes = jax.eval_shape(lambda: transformer.init(tiny, jax.random.key(0)))
-  sizes = (math.prod(x.shape) for x in jax.tree.leaves(sharding.unbox(shapes)))
-  return 4 * sum(sizes)
+  shapes = sharding.unbox(
+    jax.eval_shape(lambda: transformer.init(run.model, jax.random.key(0)))
+  )
+  transform = optimizer.make_optimizer(run.optim, run.train.num_steps)
+  moments = jax.eval_shape(transform.init, shapes['params'])
+  count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+  return 4 * count(shapes), 4 * count(moments)
 
 
 def test_the_tiny_train_step_compiles_sharded(compile_for_tpu):
   name = 'programs:tiny_train_step'
   report = compile_for_tpu(_TOPOLOGY, [name], timeout=550)[name]
   assert report['num_devices'] == 4
-  # Parameters and two moments, nearly all of them halved over fsdp; lanes of
-  # 128 pad the narrow ones, to less than twice their size.
-  state = 3 * _parameter_bytes()
+  # Parameters and moments, nearly all of them halved over fsdp; lanes of 128
+  # pad the narrow ones, to less than twice their size.
+  state = sum(_bytes())
   assert state / 2 < report['argument_bytes'] < state
   assert report['output_bytes'] < state
   assert report['temp_bytes'] < 2**30
@@ -54,7 +59,7 @@ def test_the_tiny_sampler_compiles_without_communication(compile_for_tpu):
   name = 'programs:tiny_decode_step'
   report = compile_for_tpu(_TOPOLOGY, [name], timeout=550)[name]
   # Each device has all parameters (but MTP's) and decodes its own rows.
-  assert report['argument_bytes'] < 2 * _parameter_bytes()
+  assert report['argument_bytes'] < 2 * _bytes()[0]
   assert report['temp_bytes'] < 2**28
   assert report['collectives'] == {}
 

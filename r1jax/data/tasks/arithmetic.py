@@ -36,7 +36,8 @@ class ArithmeticConfig:
   Attributes:
     maximum: Operands and results lie in [0, maximum].
     languages: Languages of the prompts, from LANGUAGES.
-    good_guess: Probability that a worked division tries the right digit first.
+    good_guess: Probability that a worked division tries the right digit
+      first; else one that is at most two off.
   """
 
   maximum: int
@@ -59,7 +60,11 @@ class ArithmeticConfig:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Problem:
-  """One fixed prompt: `a operation b` as shown, asked in `language`."""
+  """One fixed prompt: `a operation b` as shown, asked in `language`.
+
+  The task's divisions come out even; `draw_uneven` makes others, whose result
+  is the quotient.
+  """
 
   operation: str
   a: int
@@ -107,6 +112,26 @@ def draw(
 ) -> Problem:
   """Draws an operation, then one of its keys, then a language, uniformly."""
   return _pick(config, rng.random(), rng.random(), rng.random(), held_out)
+
+
+def draw_uneven(config: ArithmeticConfig, rng: random.Random) -> Problem:
+  """Draws a division that leaves a remainder: no problem of the task.
+
+  Its dividend lies above that of a training key, so that quotients and
+  divisors are as those of the task.
+  """
+  a_N, b_N = keys('divide', config.maximum, False)
+  while True:
+    index = rng.randrange(len(a_N))
+    a, b = a_N.item(index), b_N.item(index)
+    if b > 1 and a < config.maximum:
+      a += rng.randrange(1, min(b, config.maximum - a + 1))
+      return Problem('divide', a, b, a // b, rng.choice(config.languages))
+
+
+def is_even(problem: Problem) -> bool:
+  """Says whether a problem is one of the task's: no remainder."""
+  return problem.operation != 'divide' or problem.a % problem.b == 0
 
 
 def problem_at(
@@ -168,7 +193,9 @@ def prompt(problem: Problem) -> str:
 
 
 def answer(problem: Problem) -> str:
-  """Returns the right answer in digits."""
+  """Returns the right answer in digits; '7×12+3' where a remainder is left."""
+  if not is_even(problem):
+    return f'{problem.b}×{problem.result}+{problem.a % problem.b}'
   return str(problem.result)
 
 

@@ -1,9 +1,10 @@
 """Worked solutions of + - × ÷, digit by digit, in English or Chinese.
 
 Every step is one that a tiny model can do in a single leap: one-digit sums,
-one-digit products, copies and comparisons. Division tries a digit, checks it
-and corrects itself. A *slip* makes one step wrong; the work after it follows
-from the wrong value.
+one-digit products, copies and comparisons of two numbers that stand side by
+side. Division tries a digit, checks it and goes up or down by one until it
+fits. A *slip* makes one step wrong; the work after it follows from the wrong
+value.
 """
 
 import random
@@ -203,7 +204,10 @@ def _multiply(pen: _Pen, a: int, b: int) -> tuple[str, int]:
 
 
 def _divide(pen: _Pen, a: int, b: int, good_guess: float) -> tuple[str, int]:
-  """Divides by long division, writing the quotient so far after each digit."""
+  """Divides by long division, writing the quotient so far after each digit.
+
+  What leaves a remainder ends in '7×12+3'; a slip in what does not, does not.
+  """
   label = pen.labels()
   text = f'{a}÷{b}{label.colon}'
   if a == 0:
@@ -212,10 +216,10 @@ def _divide(pen: _Pen, a: int, b: int, good_guess: float) -> tuple[str, int]:
   rest, quotient, used = int(digits[0]), 0, 1
   while True:
     if rest < b:
-      text += f'{rest}<{b}'
+      text += f'{rest}÷{b}{pen.labels().colon}0'
       if quotient:  # A leading zero is no digit of the quotient.
         quotient *= 10
-        text += f'{pen.labels().colon}{quotient}'
+        text += f'{pen.labels().comma}{quotient}'
     else:
       steps, digit, rest = _divide_digit(pen, rest, b, good_guess)
       quotient = quotient * 10 + digit
@@ -223,7 +227,8 @@ def _divide(pen: _Pen, a: int, b: int, good_guess: float) -> tuple[str, int]:
     label = pen.labels()
     text += label.semicolon
     if used == len(digits):
-      return f'{text}{label.so}{quotient}', quotient
+      end = f'{b}×{quotient}+{rest}' if a % b else f'{quotient}'
+      return f'{text}{label.so}{end}', quotient
     rest = rest * 10 + int(digits[used])
     used += 1
 
@@ -234,8 +239,10 @@ def _divide_digit(
   """Tries digits until the remainder fits: (text, digit, remainder)."""
   digit = rest // b
   if pen.rng.random() >= good_guess:
-    digit = min(9, max(1, digit + pen.rng.choice((-1, 1))))
-  text = f'{rest}'
+    # Off by two as well: what to try next then has to be worked out from what
+    # was tried, where recalling the right digit would do otherwise.
+    digit = min(9, max(1, digit + pen.rng.choice((-2, -1, 1, 2))))
+  text = f'{rest}÷{b}'
   while True:
     label = pen.labels()
     comma = label.comma
@@ -250,9 +257,10 @@ def _divide_digit(
       return f'{text}{comma}{rest}={product}{comma}{label.accept}', digit, 0
     else:
       steps, remainder = _take_away(pen, rest, product, label)
+      steps += f'{comma}{remainder}÷{b}{comma}'
       if remainder < b:
-        return f'{text}{steps}{comma}{label.accept}', digit, remainder
-      text, digit = f'{text}{steps}{comma}{label.too_small}', digit + 1
+        return f'{text}{steps}{label.accept}', digit, remainder
+      text, digit = f'{text}{steps}{label.too_small}', digit + 1
     if not 1 <= digit <= 9:
       raise _Stray
 
