@@ -584,14 +584,17 @@ def _make_held_out(
   mesh: jax.sharding.Mesh,
   tokenizer: tokenizer_lib.Tokenizer,
 ) -> Callable[[Any], dict[str, float]] | None:
-  """Builds evaluate(variables) -> greedy accuracy, format, mean length."""
+  """Builds evaluate(variables) -> greedy accuracy, format, mean length.
+
+  The questions are the same for every seed, so that runs compare.
+  """
   if not config.eval_problems:
     return None
   rollout = config.rollout
   questions = [
     to_question(problem)
     for problem in arithmetic.evaluation_problems(
-      config.task, config.eval_problems, config.seed
+      config.task, config.eval_problems, seed=0
     )
   ]
   prompts = encode_prompts(questions, tokenizer, rollout.max_prompt_tokens)

@@ -70,6 +70,9 @@ def main():
   elif _MODE.value == 'quota':
     e = OSError(errno.EDQUOT, 'Disk quota exceeded', '/place/file')
     raise RuntimeError('a save failed') from e
+  elif _MODE.value == 'save':
+    e = OSError(errno.ENOSPC, 'No space left on device')
+    raise config.UserError('could not save step 3') from e
   elif _MODE.value == 'native':
     raise ValueError('RESOURCE_EXHAUSTED: No space left on device')
   elif _MODE.value == 'denied':
@@ -251,7 +254,12 @@ def test_known_errors_of_the_program(folder, mode, message, code):
 
 @pytest.mark.parametrize(
   ('mode', 'path'),
-  [('full', 'runs/x'), ('quota', '/place/file'), ('native', 'runs/x')],
+  [
+    ('full', 'runs/x'),
+    ('quota', '/place/file'),
+    ('native', 'runs/x'),
+    ('save', 'runs/x'),
+  ],
 )
 def test_full_disk_names_the_file_or_the_workdir(folder, mode, path):
   if mode == 'full' and not os.path.exists('/dev/full'):

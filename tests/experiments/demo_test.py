@@ -7,6 +7,7 @@ import re
 import time
 
 import jax
+import numpy as np
 import pytest
 import rich.console
 from etils import epath
@@ -14,6 +15,7 @@ from etils import epath
 from r1jax import config as config_lib
 from r1jax.recipe import demo, evaluation, grpo, reporting, stopwatch
 from r1jax.recipe import stage as stage_lib
+from r1jax.train import metrics
 from tests import quick
 from tests.experiments import micro
 from tests.recipe import micro as recipe_micro
@@ -120,6 +122,18 @@ def _check_summary(summary, workdir):
       'multiply',
       'divide',
     }
+  rows = metrics.read(workdir / 'seed_7' / 'r1_zero')
+  held_out = [r for r in rows if 'eval/greedy' in r]
+  assert [r['step'] for r in held_out] == [2, 4]
+  # The same questions and variables as those of the last evaluation.
+  for name, figure in (('greedy', 'greedy'), ('length', 'greedy_length')):
+    expected = np.mean(
+      [
+        summary['r1_zero']['by_operation'][o][figure]
+        for o in ('add', 'subtract', 'multiply', 'divide')
+      ]
+    )
+    assert held_out[-1][f'eval/{name}'] == pytest.approx(expected)
 
 
 def _check_printed(printed, workdir):
@@ -132,6 +146,11 @@ def _check_printed(printed, workdir):
   for label in ('pass@1', 'greedy', 'cons@2', 'format', 'mean length, tokens'):
     assert re.search(rf'^{label} .*%|^{label} .*\d', printed, re.MULTILINE)
   assert re.search(r'^divide ', printed, re.MULTILINE)
+  assert re.search(
+    r'^\d+\.\d minutes in all, seed 7, at most [\d,]+ MiB of memory$',
+    printed,
+    re.MULTILINE,
+  )
   assert printed.endswith(f'report: {workdir}/report.html\n')
 
 

@@ -59,6 +59,19 @@ def test_parameters_are_sharded_over_fsdp_and_stacked_layers_are_not():
   assert shardings['router']['moe']['moe']['bias'].spec == P()
 
 
+def test_local_rows_of_the_only_process_are_the_whole_batch():
+  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(data=4, fsdp=2))
+  batch = {'rows_BT': np.arange(16.0).reshape(8, 2), 'count': np.float32(3)}
+  whole, local = (
+    put(mesh, batch) for put in (sharding.put_batch, sharding.put_local_batch)
+  )
+  for name, x in batch.items():
+    np.testing.assert_array_equal(local[name], x)
+    assert local[name].sharding == whole[name].sharding
+  counts = np.array([5.0, 2.0])
+  np.testing.assert_array_equal(sharding.sum_over_processes(counts), counts)
+
+
 def test_indivisible_parameter_is_named():
   odd = dataclasses.replace(_CONFIG, embed_dim=34)
   boxed = _boxed(odd)['params']

@@ -410,6 +410,33 @@ def test_dry_run_returns_sizes_and_leaves_no_workdir(base, tmp_path):
   )
 
 
+def test_without_a_penalty_there_is_no_reference_to_replace(base, tmp_path):
+  with micro.on(micro.one_device()):
+    config = _config(base, loss__kl_coef=0.0, train__reference_every=4)
+    without = grpo.run(config, str(tmp_path / 'none'), dry_run=True)
+    whole = grpo.run(_config(base, **_RUN), str(tmp_path), dry_run=True)
+  name = 'state and batch MiB'
+  assert without[name] < whole[name]
+
+
+def test_loss_without_a_penalty_is_finite_where_a_reference_would_not_be():
+  _, (batch, *_) = _rewarded()
+  loss_fn = grpo.make_loss(
+    micro.model(),
+    micro.policy_loss(kl_coef=0.0),
+    temperature=1.0,
+    balance_coef=0.0,
+  )
+  batch = dataclasses.replace(
+    batch,
+    old_logp_BT=np.zeros_like(batch.old_logp_BT),
+    # A reference that was left out is 0: k3 would be e^200.
+    ref_logp_BT=np.full_like(batch.ref_logp_BT, 200.0),
+  )
+  loss, got = quick.jit(loss_fn)(micro.policy(), batch)
+  assert np.isfinite(loss) and 'rl/kl' not in got
+
+
 def test_samples_past_the_restored_step_are_dropped(tmp_path):
   first = samples.SampleWriter(tmp_path)
   for step in (1, 3, 5):

@@ -4,11 +4,13 @@ import dataclasses
 import functools
 import itertools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from r1jax import config as config_lib
 from r1jax import types
@@ -253,6 +255,35 @@ def test_a_run_keeps_its_config_figures_and_checkpoint(one_device_run):
   )
   assert step == 3
   jax.tree.map(np.testing.assert_array_equal, variables, state.variables)
+
+
+def test_a_run_killed_before_its_summary_still_gets_one(
+  one_device_run, tmp_path
+):
+  shutil.copytree(one_device_run[0], tmp_path / 'run')
+  (tmp_path / 'run' / 'summary.json').unlink()
+  _run(tmp_path / 'run', micro.one_device())
+  kept = json.loads((tmp_path / 'run' / 'summary.json').read_text())
+  assert kept['num_steps'] == 3
+
+
+@pytest.mark.parametrize(
+  ('start', 'last', 'num_steps', 'traced'),
+  [
+    (0, 100, 5, (10, 15)),
+    (40, 100, 5, (50, 55)),
+    (0, 8, 5, (3, 8)),
+    (0, 6, 5, (1, 6)),
+  ],
+)
+def test_a_trace_fits_the_run(start, last, num_steps, traced):
+  first, end = stage_lib.profile_hooks(epath.Path('x'), start, last, num_steps)
+  assert (first.step, end.step) == traced
+
+
+def test_a_trace_longer_than_the_run_is_the_users_error():
+  with pytest.raises(config_lib.UserError, match='only 4 steps'):
+    stage_lib.profile_hooks(epath.Path('x'), 0, 5, 5)
 
 
 @pytest.fixture(scope='module')
