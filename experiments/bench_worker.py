@@ -220,10 +220,10 @@ def _make_decoding(mesh: Any, config: Any) -> Callable[[], None]:
 def _make_grpo(mesh: Any, config: Any) -> Callable[[], None]:
   """One prompt x 8: rollout, device rewards, packing, one policy update."""
   from r1jax.data import question
-  from r1jax.recipe import grpo
+  from r1jax.recipe import grpo, rollouts
   from r1jax.sampling import filters
 
-  rollout = grpo.RolloutConfig(
+  rollout = rollouts.RolloutConfig(
     num_prompts=1,
     group_size=_BATCH,
     max_prompt_tokens=_PROMPT,
@@ -245,14 +245,15 @@ def _make_grpo(mesh: Any, config: Any) -> Callable[[], None]:
     reduction='sequence_mean',
     advantage='group',
   )
-  source = grpo.GrpoSource(
+  source = rollouts.GrpoSource(
     rollout,
-    loss_config,
     config,
     mesh,
     _endless_tokenizer(config.vocab_size),
     # Digits are one token each: 31 of them after <bos>.
     lambda index: question.Question(str(10**30 + index), '1', 'add', 'en'),
+    advantage=grpo.ADVANTAGES[loss_config.advantage],
+    use_reference=loss_config.kl_coef > 0,
     seed=0,
     write=lambda step, metrics: None,
     write_samples=lambda step, rows: None,

@@ -18,7 +18,7 @@ from r1jax.data.tasks import arithmetic
 from r1jax.evaluate import run as run_lib
 from r1jax.evaluate import scores
 from r1jax.parallel import mesh as mesh_lib
-from r1jax.recipe import config_check, grpo, pretrain
+from r1jax.recipe import config_check, grpo, pretrain, rollouts
 from r1jax.recipe import stage as stage_lib
 from r1jax.sampling import filters, generate
 from r1jax.train import progress
@@ -88,7 +88,7 @@ def run(
     config.task, config.num_problems, config.seed
   )
   questions = [grpo.to_question(p) for p in problems]
-  prompt_PT, length_P = grpo.encode_prompts(
+  prompt_PT, length_P = rollouts.encode_prompts(
     questions, tokenizer, config.max_prompt_tokens
   )
   variables, step = stage_lib.load_variables(

@@ -1,4 +1,4 @@
-"""GRPO: the policy loss on a model, and the source that samples its batches."""
+"""GRPO: the policy loss on a model, and the stage that trains with it."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,81 +20,13 @@ from r1jax.model import config as model_config
 from r1jax.model import transformer
 from r1jax.parallel import mesh as mesh_lib
 from r1jax.parallel import sharding
-from r1jax.recipe import config_check, pretrain, samples
+from r1jax.recipe import config_check, pretrain, rollouts, samples
 from r1jax.recipe import stage as stage_lib
-from r1jax.rl import advantage, grpo, packing
-from r1jax.rl.reward import rule, strings
+from r1jax.rl import advantage, grpo
 from r1jax.sampling import filters, generate
 from r1jax.train import optimizer
 from r1jax.train import state as state_lib
 from r1jax.train import step as step_lib
-
-
-@dataclasses.dataclass(frozen=True)
-class RolloutConfig:
-  """How completions are sampled and cut into minibatches.
-
-  Attributes:
-    num_prompts: P, prompts of one rollout.
-    group_size: G, completions of each prompt.
-    max_prompt_tokens: Longest prompt, bos included.
-    max_new_tokens: Longest completion, the stop token included.
-    sampling: Temperature; top_k and top_p must keep all tokens.
-    num_minibatches: Optimizer steps per rollout; divides the groups trained.
-    max_rollouts: Sample up to this many rollouts until `num_prompts` groups
-      have rewards that differ; 1 trains on every rollout as it comes.
-    row_length: Tokens of a packed training row.
-    rows_multiple: Packed rows of a minibatch are a multiple of this.
-    format_weight: Weight of the format reward.
-    accuracy_weight: Weight of the accuracy reward.
-    gap_every: Measure the sampler-trainer gap each so many rollouts; 0 never.
-    samples_every: Write sample completions each so many rollouts; 0 never.
-  """
-
-  num_prompts: int
-  group_size: int
-  max_prompt_tokens: int
-  max_new_tokens: int
-  sampling: filters.SamplingConfig
-  num_minibatches: int
-  max_rollouts: int
-  row_length: int
-  rows_multiple: int
-  format_weight: float
-  accuracy_weight: float
-  gap_every: int
-  samples_every: int
-
-  def __post_init__(self):
-    if self.group_size < 2:
-      raise ValueError(
-        f'group_size={self.group_size} must be at least 2: the advantage '
-        'compares completions of one prompt'
-      )
-    if self.num_minibatches < 1 or self.num_prompts % self.num_minibatches:
-      raise ValueError(
-        f'num_minibatches={self.num_minibatches} must divide '
-        f'num_prompts={self.num_prompts}'
-      )
-    if self.sampling.temperature <= 0:
-      raise ValueError(
-        f'sampling.temperature={self.sampling.temperature} must be positive: '
-        'greedy completions of one prompt are all equal'
-      )
-    if self.sampling.top_k or self.sampling.top_p < 1:
-      raise ValueError(
-        f'sampling.top_k={self.sampling.top_k}, top_p={self.sampling.top_p}: '
-        'the policy is trained on the whole distribution, use 0 and 1'
-      )
-    longest = self.max_prompt_tokens + self.max_new_tokens
-    if self.row_length < longest:
-      raise ValueError(
-        f'row_length={self.row_length} must hold max_prompt_tokens + '
-        f'max_new_tokens = {longest}'
-      )
-    for name in ('max_rollouts', 'rows_multiple'):
-      if getattr(self, name) < 1:
-        raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +84,7 @@ class GrpoConfig:
   tokenizer: str
   task: arithmetic.ArithmeticConfig
   eval_problems: int
-  rollout: RolloutConfig
+  rollout: rollouts.RolloutConfig
   loss: LossConfig
   optim: optimizer.OptimConfig
   train: stage_lib.TrainConfig
@@ -166,9 +98,6 @@ class GrpoConfig:
         f'eval_problems={self.eval_problems} must not be negative'
       )
 
-
-# Characters of the longest answer, its sign included.
-_ANSWER_WIDTH = 16
 
 REDUCTIONS = {
   'sequence_mean': grpo.sequence_mean,
@@ -236,273 +165,6 @@ def make_loss(
   return loss_fn
 
 
-def make_logp(
-  config: model_config.ModelConfig, *, temperature: float
-) -> Callable[[Any, types.PolicyBatch], jax.Array]:
-  """Builds logp(variables, batch) -> [B, T]: the reference and gap passes."""
-  model = transformer.Transformer(config)
-
-  def logp(variables, batch):
-    out = model.apply(
-      variables,
-      batch.tokens_BT,
-      segment_BT=batch.segment_BT,
-      position_BT=batch.position_BT,
-    )
-    head_DV = transformer.head(variables['params'], config)
-    return token.next_token_logp(
-      out.hidden_BTD, head_DV, batch.tokens_BT, temperature=temperature
-    )[0]
-
-  return logp
-
-
-def make_score(
-  tokenizer: tokenizer_lib.Tokenizer, config: RolloutConfig
-) -> Callable[..., dict[str, jax.Array]]:
-  """Builds a jitted (rollout, answer_PA) -> rewards on device.
-
-  Returns a dict of [P, G]: 'reward' (what is trained on), 'accuracy', 'format'.
-  """
-  vocabulary = rule.make_vocabulary(tokenizer)
-
-  @jax.jit
-  def score(rollout, answer_PA):
-    shape = (answer_PA.shape[0], -1, rollout.tokens_BT.shape[-1])
-    tokens_PGT = rollout.tokens_BT.reshape(shape)
-    mask_PGT = rollout.mask_BT.reshape(shape)
-    accuracy_PG = rule.accuracy_reward(
-      tokens_PGT, mask_PGT, answer_PA[:, None], vocabulary
-    )
-    format_PG = rule.format_reward(tokens_PGT, mask_PGT, vocabulary)
-    reward_PG = config.accuracy_weight * accuracy_PG
-    reward_PG += config.format_weight * format_PG
-    return {
-      'reward': reward_PG,
-      'accuracy': accuracy_PG,
-      'format': format_PG,
-    }
-
-  return score
-
-
-def encode_prompts(
-  questions: list[question_lib.Question],
-  tokenizer: tokenizer_lib.Tokenizer,
-  width: int,
-) -> tuple[np.ndarray, np.ndarray]:
-  """Tokens [P, width] (bos first, right-padded) and lengths [P] of prompts.
-
-  Raises:
-    UserError: A prompt is longer than the width.
-  """
-  tokens_PT = np.full((len(questions), width), tokenizer.pad_id, np.int32)
-  length_P = np.zeros(len(questions), np.int32)
-  encoded = tokenizer.encode_batch([q.prompt for q in questions])
-  for i, ids in enumerate(encoded):
-    if len(ids) + 1 > width:
-      raise config_lib.UserError(
-        f'prompt {questions[i].prompt!r} has {len(ids) + 1} tokens, '
-        f'max_prompt_tokens is {width}'
-      )
-    tokens_PT[i, 0] = tokenizer.bos_id
-    tokens_PT[i, 1 : len(ids) + 1] = ids
-    length_P[i] = len(ids) + 1
-  return tokens_PT, length_P
-
-
-class GrpoSource:
-  """Samples, rewards, compares, packs: one PolicyBatch per optimizer step.
-
-  Everything is a function of the seed and of how many rollouts were made, so
-  that a resumed run goes on bit for bit; minibatches not yet consumed are part
-  of the state, with their old log-probabilities.
-  """
-
-  def __init__(
-    self,
-    config: RolloutConfig,
-    loss_config: LossConfig,
-    model: model_config.ModelConfig,
-    mesh: jax.sharding.Mesh,
-    tokenizer: tokenizer_lib.Tokenizer,
-    questions: Callable[[int], question_lib.Question],
-    *,
-    seed: int,
-    write: Callable[[int, dict[str, float]], None],
-    write_samples: Callable[[int, list[dict[str, Any]]], None],
-  ):
-    """Builds the programs.
-
-    Args:
-      config: Of the rollouts.
-      loss_config: Which advantage, and whether a reference is used.
-      model: The policy's shape.
-      mesh: Where it lives.
-      tokenizer: Its tokenizer.
-      questions: Training question by index.
-      seed: Of prompts and sampling.
-      write: Takes (step, metrics of the rollout behind that step).
-      write_samples: Takes (step, sample completions).
-    """
-    self._config, self._tokenizer = config, tokenizer
-    self._mesh, self._questions = mesh, questions
-    self._write, self._write_samples = write, write_samples
-    self._advantage = jax.jit(ADVANTAGES[loss_config.advantage])
-    self._use_reference = loss_config.kl_coef > 0
-    self._key = jax.random.key(seed)
-    self._generate = generate.make_generate(
-      model,
-      mesh,
-      max_new_tokens=config.max_new_tokens,
-      sampling=config.sampling,
-      stop_ids=(tokenizer.eos_id,),
-      pad_id=tokenizer.pad_id,
-    )
-    self._score = make_score(tokenizer, config)
-    self._logp = jax.jit(
-      make_logp(model, temperature=config.sampling.temperature)
-    )
-    self._num_rollouts = 0
-    self._num_batches = 0
-    self._pending: list[types.PolicyBatch] = []
-
-  def next(self, state: Any) -> types.PolicyBatch:
-    """Returns the next minibatch; samples from state.variables if none wait."""
-    if not self._pending:
-      self._pending = self._sample(state)
-    return sharding.put_batch(self._mesh, self._pending.pop(0))
-
-  def get_state(self) -> dict[str, Any]:
-    return {
-      'num_rollouts': self._num_rollouts,
-      'num_batches': self._num_batches,
-      'pending': [vars(b) for b in self._pending],
-    }
-
-  def set_state(self, state: dict[str, Any]) -> None:
-    self._num_rollouts = state['num_rollouts']
-    self._num_batches = state['num_batches']
-    self._pending = [types.PolicyBatch(**b) for b in state['pending']]
-
-  def _sample(self, state: Any) -> list[types.PolicyBatch]:
-    """One batch of groups, as minibatches of packed rows."""
-    c, step = self._config, int(state.step) + 1
-    rollouts, scores, informative = [], [], []
-    while len(rollouts) < c.max_rollouts:
-      rollout, score = self._rollout(state.variables, step)
-      rollouts.append(rollout)
-      scores.append(score)
-      spread_P = score['reward'].max(1) - score['reward'].min(1)
-      informative.append(spread_P > 1e-6)
-      if np.concatenate(informative).sum() >= c.num_prompts:
-        break
-    merged = jax.tree.map(lambda *xs: np.concatenate(xs), *rollouts)
-    score = {k: np.concatenate([s[k] for s in scores]) for k in scores[0]}
-    adv_PG = np.asarray(self._advantage(score['reward']))
-    # Groups that teach something first, in the order they were sampled.
-    order_P = np.argsort(~np.concatenate(informative), kind='stable')
-    groups = order_P[: c.num_prompts]
-    self._num_batches += 1
-    rng = np.random.default_rng((self._num_batches, 0))
-    groups = rng.permutation(groups)
-    minibatches = []
-    for part in np.split(groups, c.num_minibatches):
-      chosen = (part[:, None] * c.group_size + np.arange(c.group_size)).ravel()
-      batch = packing.pack(
-        merged,
-        adv_PG.reshape(-1),
-        chosen,
-        row_length=c.row_length,
-        rows_multiple=c.rows_multiple,
-      )
-      if self._use_reference:
-        ref_logp_BT = self._logp(
-          state.reference, sharding.put_batch(self._mesh, batch)
-        )
-        batch = dataclasses.replace(batch, ref_logp_BT=np.asarray(ref_logp_BT))
-      minibatches.append(batch)
-    metrics = self._metrics(merged, score, np.concatenate(informative))
-    metrics['rl/reward_trained'] = score['reward'][groups].mean()
-    if c.gap_every and self._num_batches % c.gap_every == 1 % c.gap_every:
-      metrics |= self._gap(state.variables, minibatches[0])
-    self._write(step, metrics)
-    return minibatches
-
-  def _rollout(self, variables, step):
-    """Samples and scores P groups; everything comes back to the host."""
-    c = self._config
-    index = self._num_rollouts
-    self._num_rollouts += 1
-    questions = [
-      self._questions(index * c.num_prompts + i) for i in range(c.num_prompts)
-    ]
-    prompt_PT, length_P = encode_prompts(
-      questions, self._tokenizer, c.max_prompt_tokens
-    )
-    answer_PA = strings.answer_ids(
-      [q.answer for q in questions], width=_ANSWER_WIDTH
-    )
-    prompt_BT, length_B = sharding.put_batch(
-      self._mesh,
-      (
-        np.repeat(prompt_PT, c.group_size, axis=0),
-        np.repeat(length_P, c.group_size, axis=0),
-      ),
-    )
-    key = jax.random.fold_in(self._key, index)
-    rollout = self._generate(variables, prompt_BT, length_B, key)
-    score = self._score(rollout, answer_PA)
-    rollout, score = jax.device_get((rollout, score))
-    if c.samples_every and index % c.samples_every == 0:
-      self._write_samples(step, self._examples(questions, rollout, score))
-    return rollout, score
-
-  def _metrics(self, rollout, score, informative_P):
-    length_B = rollout.length_B - rollout.prompt_length_B
-    return {
-      'rl/reward': score['reward'].mean(),
-      'rl/accuracy': score['accuracy'].mean(),
-      'rl/format': score['format'].mean(),
-      'rl/length': length_B.mean(),
-      'rl/length_max': length_B.max(),
-      'rl/finished': rollout.finished_B.mean(),
-      'rl/zero_variance_groups': (~informative_P).mean(),
-      'rl/rollouts': self._num_rollouts,
-    }
-
-  def _gap(self, variables, batch):
-    """How far the sampler's log-probs are from the trainer's."""
-    logp_BT = self._logp(variables, sharding.put_batch(self._mesh, batch))
-    kept = batch.mask_BT > 0
-    gap = (np.asarray(logp_BT) - batch.old_logp_BT)[kept]
-    ratio = np.exp(gap)
-    return {
-      'rl/gap_mean': np.abs(gap).mean(),
-      'rl/gap_max': np.abs(gap).max(),
-      'rl/gap_outside': ((ratio < 0.9) | (ratio > 1.1)).mean(),
-    }
-
-  def _examples(self, questions, rollout, score, num_prompts=4, each=2):
-    rows, G = [], self._config.group_size
-    for p, q in enumerate(questions[:num_prompts]):
-      for g in range(min(each, G)):
-        i = p * G + g
-        start, end = rollout.prompt_length_B[i], rollout.length_B[i]
-        rows.append(
-          {
-            'prompt': q.prompt,
-            'completion': self._tokenizer.decode(
-              rollout.tokens_BT[i, start:end]
-            ),
-            'gold': q.answer,
-            'reward': float(score['reward'][p, g]),
-            'correct': bool(score['accuracy'][p, g]),
-          }
-        )
-    return rows
-
-
 def to_question(problem: arithmetic.Problem) -> question_lib.Question:
   """An arithmetic problem as reinforcement learning asks it."""
   return question_lib.Question(
@@ -555,13 +217,14 @@ def run(
   writer = samples.SampleWriter(epath.Path(workdir))
 
   def make_source(write):
-    return GrpoSource(
+    return rollouts.GrpoSource(
       config.rollout,
-      config.loss,
       model,
       mesh,
       tokenizer,
       lambda index: to_question(problems[index]),
+      advantage=ADVANTAGES[config.loss.advantage],
+      use_reference=config.loss.kl_coef > 0,
       seed=config.seed,
       write=write,
       write_samples=writer.write,
@@ -597,10 +260,10 @@ def _make_held_out(
       config.task, config.eval_problems, seed=0
     )
   ]
-  prompts = encode_prompts(questions, tokenizer, rollout.max_prompt_tokens)
-  answer_PA = strings.answer_ids(
-    [q.answer for q in questions], width=_ANSWER_WIDTH
+  prompts = rollouts.encode_prompts(
+    questions, tokenizer, rollout.max_prompt_tokens
   )
+  answer_PA = rollouts.encode_answers(questions)
   greedy = generate.make_generate(
     model,
     mesh,
@@ -609,7 +272,7 @@ def _make_held_out(
     stop_ids=(tokenizer.eos_id,),
     pad_id=tokenizer.pad_id,
   )
-  score = make_score(tokenizer, rollout)
+  score = rollouts.make_score(tokenizer, rollout)
   key = jax.random.key(0)  # Greedy: nothing is drawn.
 
   def evaluate(variables: Any) -> dict[str, float]:
@@ -646,7 +309,7 @@ def _check_sizes(
   config_check.check_length('rollout.row_length', rollout.row_length, model)
 
 
-def _example_batch(rollout: RolloutConfig) -> types.PolicyBatch:
+def _example_batch(rollout: rollouts.RolloutConfig) -> types.PolicyBatch:
   """A minibatch of the least rows, for its shapes."""
   shape = (rollout.rows_multiple, rollout.row_length)
   zeros = lambda dtype: np.zeros(shape, dtype)

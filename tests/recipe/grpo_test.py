@@ -16,7 +16,7 @@ from r1jax import types
 from r1jax.data import tokenizer
 from r1jax.model import transformer
 from r1jax.parallel import mesh as mesh_lib
-from r1jax.recipe import grpo, samples
+from r1jax.recipe import grpo, rollouts, samples
 from r1jax.recipe import stage as stage_lib
 from r1jax.rl.reward import strings
 from r1jax.train import checkpoint, metrics, source_state, workdir
@@ -35,7 +35,7 @@ def _programs() -> dict[str, Callable]:
 
 @functools.cache
 def _logp() -> Callable:
-  return quick.jit(grpo.make_logp(micro.model(), temperature=1.0))
+  return quick.jit(rollouts.make_logp(micro.model(), temperature=1.0))
 
 
 class _Recorded:
@@ -45,14 +45,16 @@ class _Recorded:
     self, *, seed: int = 0, loss=None, own_programs: bool = False, **changes
   ):
     self.config = micro.rollout(**changes)
+    loss = loss or micro.policy_loss(kl_coef=0.0)
     self.metrics, self.samples, self.rollouts = [], [], []
-    self.source = grpo.GrpoSource(
+    self.source = rollouts.GrpoSource(
       self.config,
-      loss or micro.policy_loss(kl_coef=0.0),
       micro.model(),
       micro.one_device(),
       tokenizer.default(),
       micro.questions,
+      advantage=grpo.ADVANTAGES[loss.advantage],
+      use_reference=loss.kl_coef > 0,
       seed=seed,
       write=lambda step, row: self.metrics.append((step, row)),
       write_samples=lambda step, rows: self.samples.append((step, rows)),
@@ -280,7 +282,7 @@ def test_loss_is_gain_plus_penalty_plus_balance(reduction):
   loss, got = quick.jit(loss_fn)(variables, batch)
 
   logp_BT = np.asarray(
-    quick.jit(grpo.make_logp(config, temperature=1.3))(variables, batch)
+    quick.jit(rollouts.make_logp(config, temperature=1.3))(variables, batch)
   )
   balance_LB = _balance(variables, batch)
   weight_B = batch.mask_BT.sum(1) / batch.num_tokens
@@ -485,11 +487,11 @@ def test_rows_must_fit_the_bases_context(base, tmp_path):
 def test_a_prompt_too_long_is_the_users_error():
   t, question = tokenizer.default(), micro.questions(0)
   ids = [t.bos_id, *t.encode(question.prompt)]
-  tokens_PT, length_P = grpo.encode_prompts([question], t, len(ids) + 1)
+  tokens_PT, length_P = rollouts.encode_prompts([question], t, len(ids) + 1)
   assert tokens_PT.tolist() == [[*ids, t.pad_id]]
   assert length_P.tolist() == [len(ids)]
   with pytest.raises(config_lib.UserError) as error:
-    grpo.encode_prompts([question], t, len(ids) - 1)
+    rollouts.encode_prompts([question], t, len(ids) - 1)
   assert f'max_prompt_tokens is {len(ids) - 1}' in str(error.value)
 
 

@@ -15,7 +15,7 @@ from r1jax.model import config as model_config
 from r1jax.model import transformer
 from r1jax.parallel import mesh as mesh_lib
 from r1jax.parallel import sharding
-from r1jax.recipe import grpo
+from r1jax.recipe import grpo, rollouts
 from r1jax.recipe import stage as stage_lib
 from r1jax.sampling import filters
 
@@ -113,8 +113,8 @@ def grpo_dict(init_from: str, /, **changes) -> dict[str, Any]:
   return _changed(values, changes)
 
 
-def rollout(**changes) -> grpo.RolloutConfig:
-  whole = grpo.RolloutConfig(
+def rollout(**changes) -> rollouts.RolloutConfig:
+  whole = rollouts.RolloutConfig(
     num_prompts=4,
     group_size=8,
     max_prompt_tokens=12,
