@@ -7,8 +7,8 @@ licence), one object with `question` and `answer` per line. For another file:
 --config.data.paths="('my/*.jsonl',)" --config.data.template='{text}'.
 
 The demo's model and tokenizer, which spells this text nearly byte by byte. In
-150 steps, 2 minutes on 2 CPU cores, held-out bits per byte fall from 8.4 (as
-good as a guess) to 3.0.
+150 steps, a minute on 2 CPU cores, held-out bits per byte fall from 4.6 (step
+25) to 3.3.
 """
 
 import ml_collections
