@@ -55,7 +55,12 @@ def model_config() -> Any:
       rope=model_config.RopeConfig(theta=10000.0, interleaved=True),
     ),
     moe=model_config.MoeConfig(
-      num_experts=8, top_k=2, expert_dim=128, num_shared=1, scale=2.5
+      num_experts=8,
+      top_k=2,
+      expert_dim=128,
+      num_shared=1,
+      scale=2.5,
+      block=128,
     ),
     init_std=0.02,
     max_length=512,
