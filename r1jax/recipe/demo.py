@@ -69,9 +69,7 @@ def run(
       there belong to another config.
   """
   seed = config.base.seed
-  workdir = epath.Path(
-    os.path.abspath(workdir) if workdir_lib.is_local(workdir) else workdir
-  )
+  workdir = workdir_lib.absolute(workdir)
   folder = workdir / f'seed_{seed}'
   config = _with_paths(config, folder)
   # Before anything runs: half an hour later is too late for a wrong config.

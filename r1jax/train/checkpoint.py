@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from r1jax import config
-from r1jax.train import integrity, interrupt
+from r1jax.train import integrity, interrupt, workdir
 from r1jax.train import source_state as source_state_lib
 from r1jax.train import state as state_lib
 
@@ -40,7 +40,7 @@ class Checkpoints:
     """
     if max_to_keep < 1:
       raise ValueError(f'max_to_keep={max_to_keep} must be positive')
-    self._directory = epath.Path(directory)
+    self._directory = workdir.absolute(directory)
     self._say = say
     self._saving: int | None = None
     self._manager = _make_manager(
@@ -198,7 +198,7 @@ def restore_variables(
   Raises:
     UserError: There is none, or it holds another model.
   """
-  directory = epath.Path(directory)
+  directory = workdir.absolute(directory)
   if not directory.is_dir():
     raise config.UserError(f'{directory} is not a directory of checkpoints')
   wanted = {'variables': abstract_variables}

@@ -72,6 +72,11 @@ def write_text(path: epath.Path, text: str) -> None:
   os.replace(part, path)
 
 
+def absolute(path: epath.PathLike) -> epath.Path:
+  """A local path from the root on, as orbax wants it; others as they are."""
+  return epath.Path(os.path.abspath(path) if is_local(path) else path)
+
+
 def is_local(path: epath.PathLike) -> bool:
   """Says whether a path is on this machine's file system, not gs:// or s3://."""
   return '://' not in os.fspath(path)

@@ -79,6 +79,20 @@ def test_round_trip_of_state_and_source(saved, states):
   _assert_equal(source_state, _SOURCE)
 
 
+def test_a_path_may_be_relative(states, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with checkpoint.Checkpoints('run/checkpoints', max_to_keep=1) as checkpoints:
+    checkpoints.save(1, _on_device(states[1]), _SOURCE)
+  state, _, step = _restore('run/checkpoints')
+  assert step == 1
+  _assert_equal(state, states[1])
+  variables, step = checkpoint.restore_variables(
+    'run/checkpoints', _abstract().variables
+  )
+  assert step == 1
+  _assert_equal(variables, states[1].variables)
+
+
 def test_an_empty_directory_restores_nothing(tmp_path):
   assert _restore(tmp_path / 'new') is None
 
