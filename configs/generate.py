@@ -1,6 +1,6 @@
 """One completion after another, streamed.
 
-  python -m experiments.generate --config=configs/generate.py \\
+  python -m experiments.generate --config=configs/generate.py \
       --workdir=runs/r1_zero --prompt='What is 37+45?'
 
 R1 is to be sampled at 0.6 with top_p 0.95 (its README); R1-Zero was trained
