@@ -60,7 +60,7 @@ def model_config() -> Any:
       expert_dim=128,
       num_shared=1,
       scale=2.5,
-      block=128,
+      block=32,
     ),
     init_std=0.02,
     max_length=512,

@@ -46,7 +46,8 @@ def get_config() -> ml_collections.ConfigDict:
         'group_score': 'top2',
         'normalize': True,
         'scale': 2.5,
-        'block': 128,  # ours: rows of the grouped matmul.
+        'implementation': 'grouped',  # ours, as 'block'.
+        'block': 128,  # Rows.
       },
       'mtp_depth': 1,
       'norm_eps': 1e-6,

@@ -3,6 +3,8 @@
 import dataclasses
 import math
 
+from pallas_kernels.routed_swiglu import ops as routed_swiglu_ops
+
 
 @dataclasses.dataclass(frozen=True)
 class YarnConfig:
@@ -96,7 +98,9 @@ class MoeConfig:
     group_score: 'top2' (V3: sum of the two best) or 'max' (V2).
     normalize: Divide the chosen scores by their sum.
     scale: Routed scaling factor.
-    block: Rows per block of the grouped matmul.
+    block: Rows of one expert that are worked off together.
+    implementation: Of pallas_kernels.routed_swiglu: 'xla' on a CPU, 'grouped'
+      on an accelerator.
   """
 
   num_experts: int
@@ -109,7 +113,8 @@ class MoeConfig:
   group_score: str = 'top2'
   normalize: bool = True
   scale: float = 1.0
-  block: int = 64
+  block: int = 32
+  implementation: str = 'xla'
 
   def __post_init__(self):
     if not 1 <= self.top_k <= self.num_experts:
@@ -141,6 +146,11 @@ class MoeConfig:
     for name, value, valid in (
       ('score', self.score, ('sigmoid', 'softmax')),
       ('group_score', self.group_score, ('top2', 'max')),
+      (
+        'implementation',
+        self.implementation,
+        routed_swiglu_ops.IMPLEMENTATIONS,
+      ),
     ):
       if value not in valid:
         raise ValueError(f'{name}={value!r}, it must be one of {valid}')

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.grouped_matmul import ops as grouped
+from pallas_kernels.routed_swiglu import ops as routed_swiglu_ops
 from r1jax.model import config as model_config
 from r1jax.model import layers, router
 from r1jax.parallel import sharding
@@ -67,7 +67,9 @@ class Moe(nn.Module):
     with jax.named_scope('experts'):
       weights = (gate_EDF, up_EDF, down_EFD)
       out_BTD = sharding.per_shard_here(
-        functools.partial(_run_experts, block=c.block),
+        functools.partial(
+          _run_experts, block=c.block, implementation=c.implementation
+        ),
         (True, True, True, False),
       )(
         x_BTD,
@@ -83,13 +85,10 @@ class Moe(nn.Module):
     return out_BTD, metrics
 
 
-def _run_experts(x_BTD, expert_BTK, weight_BTK, weights, *, block):
+def _run_experts(x_BTD, expert_BTK, weight_BTK, weights, **options):
   """The routed part on the tokens of one device."""
-  B, T, D = x_BTD.shape
-  K, E = expert_BTK.shape[-1], weights[0].shape[0]
-  expert_TK = expert_BTK.reshape(B * T, K)
-  plan = grouped.make_plan(expert_TK, E, min(block, max(B * T * K // E, 1)))
-  x_mD = grouped.dispatch(x_BTD.reshape(B * T, D), plan)
-  y_mD = grouped.grouped_swiglu(x_mD, *weights, plan)
-  out_TD = grouped.combine(y_mD, weight_BTK.reshape(B * T, K), plan)
-  return out_TD.reshape(B, T, D)
+  flat = lambda a: a.reshape(-1, a.shape[-1])
+  out_TD = routed_swiglu_ops.routed_swiglu(
+    flat(x_BTD), flat(expert_BTK), flat(weight_BTK), *weights, **options
+  )
+  return out_TD.reshape(x_BTD.shape)

@@ -48,9 +48,7 @@ def abort(devices: Sequence[jax.Device]) -> jax.stages.Lowered:
 
 def tiny_train_step(devices: Sequence[jax.Device]) -> jax.stages.Lowered:
   """Pretraining the demo's model, half of the devices on each mesh axis."""
-  run = config.from_dict(
-    pretrain.PretrainConfig, pretrain_config.get_config().to_dict()
-  )
+  run = _demo_run()
   mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(data=-1, fsdp=2), devices)
   tiny = stage.Stage(
     workdir=epath.Path('unused'),
@@ -80,9 +78,7 @@ def tiny_train_step(devices: Sequence[jax.Device]) -> jax.stages.Lowered:
 
 def tiny_decode_step(devices: Sequence[jax.Device]) -> jax.stages.Lowered:
   """Prefill and decode of the demo's model, 8 rows for each device."""
-  run = config.from_dict(
-    pretrain.PretrainConfig, pretrain_config.get_config().to_dict()
-  )
+  run = _demo_run()
   mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(), devices)
   program = generate.make_generate(
     run.model,
@@ -102,6 +98,13 @@ def tiny_decode_step(devices: Sequence[jax.Device]) -> jax.stages.Lowered:
       key.shape, key.dtype, sharding=sharding.replicated(mesh)
     ),
   )
+
+
+def _demo_run() -> pretrain.PretrainConfig:
+  """The demo's base, its experts in the form for accelerators."""
+  run = pretrain_config.get_config()
+  run.model.moe.implementation = 'grouped'
+  return config.from_dict(pretrain.PretrainConfig, run.to_dict())
 
 
 def _struct(

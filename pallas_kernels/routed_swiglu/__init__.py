@@ -1,0 +1,1 @@
+"""Each token through its own experts."""

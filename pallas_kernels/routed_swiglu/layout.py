@@ -1,0 +1,193 @@
+"""Where the rows of experts stand, and how tokens get there and back.
+
+A layout has one row for each choice (token, expert), rows of one expert side
+by side. No sorting: a running count per expert gives each choice its rank.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """Rows of experts.
+
+  Attributes:
+    slot_TK: int32 row of choice k of token t; m if it has none.
+    source_m: int32 token of each row; T for padding.
+  """
+
+  slot_TK: jax.Array
+  source_m: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tail:
+  """Blocks of choices, each block of one expert.
+
+  Attributes:
+    choice_nb: int32 choice t · K + k of each row of each block; T · K for
+      padding.
+    expert_n: int32 expert of each block.
+    num_blocks: int32 scalar; blocks from there on hold padding only.
+  """
+
+  choice_nb: jax.Array
+  expert_n: jax.Array
+  num_blocks: jax.Array
+
+
+def contiguous(
+  expert_TK: jax.Array, num_experts: int, block: int
+) -> tuple[Layout, jax.Array]:
+  """Contiguous layout (DeepGEMM's): each expert has whole blocks of rows.
+
+  At most T · K + E · (block - 1) rows, rounded to whole blocks: exact at any
+  skew.
+
+  Args:
+    expert_TK: int32 [T, K] expert of each choice.
+    num_experts: E.
+    block: Rows a block.
+
+  Returns:
+    The layout, and int32 [m / block] the expert of each block.
+  """
+  T, K = expert_TK.shape
+  num_blocks = (T * K + num_experts * (block - 1)) // block
+  rank_r, count_E = _ranks(expert_TK, num_experts)
+  start_E, end_E = _spans(-(-count_E // block))
+  slot_r = start_E[expert_TK.reshape(-1)] * block + rank_r
+  return (
+    _layout(slot_r.reshape(T, K), num_blocks * block),
+    _expert_of_block(end_E, num_blocks),
+  )
+
+
+def head_and_tail(
+  expert_TK: jax.Array, num_experts: int, head: int, block: int
+) -> tuple[Layout, Tail]:
+  """The first choices of each expert in equal shares, the rest in blocks.
+
+  Args:
+    expert_TK: int32 [T, K] expert of each choice.
+    num_experts: E.
+    head: Rows of each expert in the layout.
+    block: Rows of a block of the tail.
+
+  Returns:
+    A layout of E · head rows, and the choices that it has no row for.
+  """
+  T, K = expert_TK.shape
+  expert_r = expert_TK.reshape(-1)
+  rank_r, count_E = _ranks(expert_TK, num_experts)
+  slot_r = jnp.where(
+    rank_r < head, expert_r * head + rank_r, num_experts * head
+  )
+  layout = _layout(slot_r.reshape(T, K), num_experts * head)
+
+  start_E, end_E = _spans(-(-jnp.maximum(count_E - head, 0) // block))
+  num_blocks = (T * K + num_experts * (block - 1)) // block  # Enough.
+  place_r = jnp.where(
+    rank_r < head,
+    num_blocks * block,
+    start_E[expert_r] * block + rank_r - head,
+  )
+  choice_n = _inverse(place_r, num_blocks * block)
+  return layout, Tail(
+    choice_nb=choice_n.reshape(num_blocks, block),
+    expert_n=_expert_of_block(end_E, num_blocks),
+    num_blocks=end_E[-1],
+  )
+
+
+@jax.custom_vjp
+def dispatch(x_TD: jax.Array, layout: Layout) -> jax.Array:
+  """Copies tokens to their rows: [T, D] -> [m, D]; padding rows are 0."""
+  return _take(x_TD, layout.source_m)
+
+
+def _dispatch_fwd(x_TD, layout):
+  return dispatch(x_TD, layout), layout
+
+
+def _dispatch_bwd(layout, grad_mD):
+  # A gather, not the scatter-add that autodiff would make of it.
+  return jnp.sum(_take(grad_mD, layout.slot_TK), axis=1), None
+
+
+dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
+
+
+@jax.custom_vjp
+def combine(y_mD: jax.Array, weight_TK: jax.Array, layout: Layout) -> jax.Array:
+  """Sums each token's rows with its weights: [m, D] -> [T, D]."""
+  return jnp.einsum('TKD,TK->TD', _take(y_mD, layout.slot_TK), weight_TK)
+
+
+def _combine_fwd(y_mD, weight_TK, layout):
+  return combine(y_mD, weight_TK, layout), (y_mD, weight_TK, layout)
+
+
+def _combine_bwd(saved, grad_TD):
+  y_mD, weight_TK, layout = saved
+  grad_weight_TK = jnp.einsum(
+    'TKD,TD->TK', _take(y_mD, layout.slot_TK), grad_TD
+  )
+  weight_m = jnp.zeros(y_mD.shape[0], weight_TK.dtype)
+  weight_m = weight_m.at[layout.slot_TK.reshape(-1)].set(
+    weight_TK.reshape(-1), mode='drop'
+  )
+  grad_mD = _take(grad_TD, layout.source_m) * weight_m[:, None]
+  return (
+    grad_mD.astype(y_mD.dtype),
+    grad_weight_TK.astype(weight_TK.dtype),
+    None,
+  )
+
+
+combine.defvjp(_combine_fwd, _combine_bwd)
+
+
+def _take(rows: jax.Array, index: jax.Array) -> jax.Array:
+  """Rows by number; one past the last is a row of zeros."""
+  return jnp.take(rows, index, axis=0, mode='fill', fill_value=0)
+
+
+def _ranks(
+  expert_TK: jax.Array, num_experts: int
+) -> tuple[jax.Array, jax.Array]:
+  """Each choice's rank among those of its expert, [T · K]; counts, [E]."""
+  one_hot_rE = jax.nn.one_hot(
+    expert_TK.reshape(-1), num_experts, dtype=jnp.int32
+  )
+  running_rE = jnp.cumsum(one_hot_rE, axis=0)
+  return jnp.sum(running_rE * one_hot_rE, axis=1) - 1, running_rE[-1]
+
+
+def _spans(size_E: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Start and end of things of these sizes that stand side by side."""
+  end_E = jnp.cumsum(size_E)
+  return end_E - size_E, end_E
+
+
+def _expert_of_block(end_E: jax.Array, num_blocks: int) -> jax.Array:
+  # Blocks past the last expert's hold padding only; any expert will do.
+  passed_nE = jnp.arange(num_blocks)[:, None] >= end_E[None, :-1]
+  return jnp.sum(passed_nE, axis=1, dtype=jnp.int32)
+
+
+def _inverse(place_r: jax.Array, size: int) -> jax.Array:
+  """What stands at each place, [size]; len(place_r) where nothing does."""
+  nothing = jnp.full((size,), len(place_r), jnp.int32)
+  numbers = jnp.arange(len(place_r), dtype=jnp.int32)
+  return nothing.at[place_r].set(numbers, mode='drop')
+
+
+def _layout(slot_TK: jax.Array, m: int) -> Layout:
+  # Choice T · K, which is none, gives token T.
+  return Layout(slot_TK, _inverse(slot_TK.reshape(-1), m) // slot_TK.shape[1])
