@@ -23,7 +23,7 @@ from r1jax.parallel import sharding
 from r1jax.recipe import config_check, pretrain, rollouts, samples
 from r1jax.recipe import stage as stage_lib
 from r1jax.rl import advantage, grpo
-from r1jax.sampling import filters, generate
+from r1jax.sampling import filters
 from r1jax.train import optimizer
 from r1jax.train import state as state_lib
 from r1jax.train import step as step_lib
@@ -182,7 +182,7 @@ def run(
   profile_steps: int = 0,
   dry_run: bool = False,
 ) -> state_lib.State | dict[str, Any]:
-  """Trains a policy in a workdir, or with dry_run only compiles its update.
+  """Trains a policy in a workdir, or with dry_run only compiles.
 
   Raises:
     UserError: What the config asks for cannot be.
@@ -212,7 +212,8 @@ def run(
   )
   if dry_run:
     batch = sharding.put_batch(mesh, _example_batch(config.rollout))
-    return stage.dry_run(loss_fn, batch)
+    sizes = stage.dry_run(loss_fn, batch)
+    return sizes | _sampler_sizes(stage, config.rollout, tokenizer)
   problems = corpus.PromptSource(config.task, seed=config.seed)
   writer = samples.SampleWriter(epath.Path(workdir))
 
@@ -241,6 +242,33 @@ def run(
   )
 
 
+def _sampler_sizes(
+  stage: stage_lib.Stage,
+  rollout: rollouts.RolloutConfig,
+  tokenizer: tokenizer_lib.Tokenizer,
+) -> dict[str, Any]:
+  """Compiles the sampler and says what it takes."""
+  rows = rollout.num_prompts * rollout.group_size
+  prompts = sharding.put_batch(
+    stage.mesh,
+    (
+      np.zeros((rows, rollout.max_prompt_tokens), np.int32),
+      np.ones(rows, np.int32),
+    ),
+  )
+  seconds, memory = stage_lib.compile_program(
+    rollouts.make_sampler(rollout, stage.model, stage.mesh, tokenizer),
+    stage.abstract_state().variables,
+    *prompts,
+    jax.random.key(0),
+  )
+  return {
+    'sampler: rows x new tokens': f'{rows}x{rollout.max_new_tokens}',
+    'sampler: compile seconds': seconds,
+    'sampler: temporaries MiB': memory.temp_size_in_bytes / 2**20,
+  }
+
+
 def _make_held_out(
   config: GrpoConfig,
   model: model_config.ModelConfig,
@@ -264,13 +292,12 @@ def _make_held_out(
     questions, tokenizer, rollout.max_prompt_tokens
   )
   answer_PA = rollouts.encode_answers(questions)
-  greedy = generate.make_generate(
+  greedy = rollouts.make_sampler(
+    rollout,
     model,
     mesh,
-    max_new_tokens=rollout.max_new_tokens,
+    tokenizer,
     sampling=filters.SamplingConfig(temperature=0.0),
-    stop_ids=(tokenizer.eos_id,),
-    pad_id=tokenizer.pad_id,
   )
   score = rollouts.make_score(tokenizer, rollout)
   key = jax.random.key(0)  # Greedy: nothing is drawn.

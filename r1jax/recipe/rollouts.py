@@ -111,6 +111,33 @@ def make_logp(
   return logp
 
 
+def make_sampler(
+  config: RolloutConfig,
+  model: model_config.ModelConfig,
+  mesh: jax.sharding.Mesh,
+  tokenizer: tokenizer_lib.Tokenizer,
+  *,
+  sampling: filters.SamplingConfig | None = None,
+) -> Callable[..., types.Rollout]:
+  """The program that completes prompts as the config says.
+
+  Args:
+    config: Lengths, and how tokens are drawn.
+    model: The policy's shape.
+    mesh: Where it lives.
+    tokenizer: Its stop and padding tokens.
+    sampling: Draws tokens in another way.
+  """
+  return generate.make_generate(
+    model,
+    mesh,
+    max_new_tokens=config.max_new_tokens,
+    sampling=sampling or config.sampling,
+    stop_ids=(tokenizer.eos_id,),
+    pad_id=tokenizer.pad_id,
+  )
+
+
 def make_score(
   tokenizer: tokenizer_lib.Tokenizer, config: RolloutConfig
 ) -> Callable[..., dict[str, jax.Array]]:
@@ -212,14 +239,7 @@ class GrpoSource:
     self._advantage = jax.jit(advantage)
     self._use_reference = use_reference
     self._key = jax.random.key(seed)
-    self._generate = generate.make_generate(
-      model,
-      mesh,
-      max_new_tokens=config.max_new_tokens,
-      sampling=config.sampling,
-      stop_ids=(tokenizer.eos_id,),
-      pad_id=tokenizer.pad_id,
-    )
+    self._generate = make_sampler(config, model, mesh, tokenizer)
     self._score = make_score(tokenizer, config)
     self._logp = jax.jit(
       make_logp(model, temperature=config.sampling.temperature)

@@ -155,18 +155,24 @@ class Stage:
     state = self.abstract_state()
     count = sum(x.size for x in jax.tree.leaves(state.variables))
     with jax.set_mesh(self.mesh):
-      start = time.perf_counter()
-      lowered = self.make_train_step(loss_fn).lower(state, batch)
-      compiled = lowered.compile()
-    memory = compiled.memory_analysis()
+      seconds, memory = compile_program(
+        self.make_train_step(loss_fn), state, batch
+      )
     return {
       'parameters': count,
       'devices': self.mesh.size,
       'rows x tokens': 'x'.join(map(str, batch.tokens_BT.shape)),
-      'compile seconds': time.perf_counter() - start,
+      'compile seconds': seconds,
       'state and batch MiB': memory.argument_size_in_bytes / 2**20,
       'temporaries MiB': memory.temp_size_in_bytes / 2**20,
     }
+
+
+def compile_program(program: Any, *args: Any) -> tuple[float, Any]:
+  """Compiles a jitted program: the seconds, and its memory analysis."""
+  start = time.perf_counter()
+  compiled = program.lower(*args).compile()
+  return time.perf_counter() - start, compiled.memory_analysis()
 
 
 def load_model_config(workdir: str) -> model_config.ModelConfig:

@@ -407,6 +407,8 @@ def test_dry_run_returns_sizes_and_leaves_no_workdir(base, tmp_path):
     sizes = grpo.run(config, str(tmp_path / 'none'), dry_run=True)
   assert not (tmp_path / 'none').exists()
   assert sizes['rows x tokens'] == '8x32'
+  assert sizes['sampler: rows x new tokens'] == '32x12'
+  assert sizes['sampler: temporaries MiB'] > 0
   assert sizes['parameters'] == sum(
     x.size for x in jax.tree.leaves(micro.policy())
   )
