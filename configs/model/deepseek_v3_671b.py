@@ -25,7 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
         'rope': {
           'theta': 10000.0,
           'interleaved': True,
-          'yarn': {
+          'scaling': {
             'factor': 40.0,
             'original_length': 4096,  # tokens
             'beta_fast': 32.0,

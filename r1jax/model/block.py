@@ -6,26 +6,24 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from r1jax.model import attention, gqa, layers, mla, moe
 from r1jax.model import cache as cache_lib
 from r1jax.model import config as model_config
-from r1jax.model import layers, mla, moe
 from r1jax.parallel import sharding
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Context:
-  """What every block of a call shares.
+class BlockMetrics:
+  """What a block reports.
 
   Attributes:
-    cos_sin: Rotation of the query positions, [B, T, R / 2] each.
-    mask_BTS: Which keys each query may see.
-    keep_BT: True on real tokens.
+    moe: Of its routing; None without experts.
+    indexer_BT: What its indexer has to learn; None unless asked for.
   """
 
-  cos_sin: tuple[jax.Array, jax.Array]
-  mask_BTS: jax.Array
-  keep_BT: jax.Array
+  moe: moe.MoeMetrics | None
+  indexer_BT: jax.Array | None
 
 
 class Block(nn.Module):
@@ -33,30 +31,22 @@ class Block(nn.Module):
 
   config: model_config.ModelConfig
   is_moe: bool
-  decode: bool = False
+  mode: attention.Mode = attention.Mode()
 
   @nn.compact
   def __call__(
     self,
     x_BTD: jax.Array,
-    context: Context,
-    cache: cache_lib.LatentCache | None,
+    context: attention.Context,
+    cache: cache_lib.Cache | None,
     layer: int | jax.Array,
-  ) -> tuple[jax.Array, cache_lib.LatentCache | None, moe.MoeMetrics | None]:
+  ) -> tuple[jax.Array, cache_lib.Cache | None, BlockMetrics]:
     c = self.config
     dtype = jnp.dtype(c.dtype)
     norm = lambda name: layers.RmsNorm(c.norm_eps, dtype, name=name)
     with jax.named_scope('attention'):
-      attention = mla.Mla(
-        c.attention, c.norm_eps, c.init_std, dtype, name='attention'
-      )
-      out_BTD, cache = attention(
-        norm('attention_norm')(x_BTD),
-        context.cos_sin,
-        context.mask_BTS,
-        cache,
-        layer,
-        self.decode,
+      out_BTD, cache, indexer_BT = self._attention()(
+        norm('attention_norm')(x_BTD), context, cache, layer, self.mode
       )
       x_BTD += out_BTD
     with jax.named_scope('ffn'):
@@ -69,4 +59,14 @@ class Block(nn.Module):
         out_BTD = ffn(h_BTD)
       x_BTD += out_BTD
     x_BTD = sharding.constrain(x_BTD, ('batch', 'length', 'act_embed'))
-    return x_BTD, cache, metrics
+    return x_BTD, cache, BlockMetrics(metrics, indexer_BT)
+
+  def _attention(self) -> nn.Module:
+    c, dtype = self.config, jnp.dtype(self.config.dtype)
+    match c.attention:
+      case model_config.MlaConfig():
+        return mla.Mla(c.attention, c.init_std, dtype, name='attention')
+      case model_config.GqaConfig():
+        return gqa.Gqa(
+          c.attention, c.norm_eps, c.init_std, dtype, name='attention'
+        )

@@ -1,38 +1,42 @@
-"""Latent key-value caches behind one interface: append and read.
+"""Caches of the past behind one interface: append and read.
 
 A cache is an argument and a result, a loop carry that XLA updates in place.
 Each call of the model takes the next slots for its tokens, the same slots in
 every row; which of them hold a token, of which document and at which
-position, stands beside the latents, so that rows may be ragged.
+position, stands beside what is kept of it, so that rows may be ragged.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
+# What a layer keeps of each token, by name.
+Entry = dict[str, jax.Array]
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LatentCache:
-  """What MLA keeps of the past: 576 numbers per token and layer in V3.
+class Cache:
+  """What attention keeps of the past: 576 numbers per token and layer in V3.
 
   Attributes:
-    layers: One array per layer [B, S, C + R] (the normed latent, then the
-      rotated shared key), or one array [L, B, S, C + R] for scanned layers.
+    layers: For each layer named arrays [B, S, …], or named arrays
+      [L, B, S, …] for scanned layers. MLA keeps 'latent' (the normed latent,
+      then the rotated shared key), its indexer 'index' as well; grouped-query
+      attention 'key' and 'value'.
     segment_BS: int32 document of each slot; 0 is an empty slot.
     position_BS: int32 position of each slot inside its document.
     slot: int32 scalar, the next free slot.
   """
 
-  layers: tuple[jax.Array, ...] | jax.Array
+  layers: tuple[Entry, ...] | Entry
   segment_BS: jax.Array
   position_BS: jax.Array
   slot: jax.Array
 
-  def advance(
-    self, segment_BT: jax.Array, position_BT: jax.Array
-  ) -> 'LatentCache':
+  def advance(self, segment_BT: jax.Array, position_BT: jax.Array) -> 'Cache':
     """Takes the next T slots; call once per model call, after `append`s."""
     place = lambda old, new: jax.lax.dynamic_update_slice(
       old, new.astype(old.dtype), (0, self.slot)
@@ -44,25 +48,28 @@ class LatentCache:
       slot=self.slot + segment_BT.shape[1],
     )
 
-  def append(
-    self, layer: int | jax.Array, latent_BTC: jax.Array
-  ) -> 'LatentCache':
-    """Writes a layer's latents into the slots that `advance` takes."""
+  def append(self, layer: int | jax.Array, entry: Entry) -> 'Cache':
+    """Writes a layer's [B, T, …] into the slots that `advance` takes."""
     if isinstance(self.layers, tuple):
-      old = self.layers[layer]
-      new = jax.lax.dynamic_update_slice(
-        old, latent_BTC.astype(old.dtype), (0, self.slot, 0)
-      )
+
+      def place(old, new):
+        at = (0, self.slot, *(0,) * (old.ndim - 2))
+        return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at)
+
+      new = jax.tree.map(place, self.layers[layer], entry)
       layers = (*self.layers[:layer], new, *self.layers[layer + 1 :])
     else:
-      layers = jax.lax.dynamic_update_slice(
-        self.layers,
-        latent_BTC[None].astype(self.layers.dtype),
-        (layer, 0, self.slot, 0),
-      )
+
+      def place(old, new):
+        at = (layer, 0, self.slot, *(0,) * (old.ndim - 3))
+        return jax.lax.dynamic_update_slice(
+          old, new[None].astype(old.dtype), at
+        )
+
+      layers = jax.tree.map(place, self.layers, entry)
     return dataclasses.replace(self, layers=layers)
 
-  def grown(self, num_slots: int) -> 'LatentCache':
+  def grown(self, num_slots: int) -> 'Cache':
     """With more empty slots at the end."""
     if not num_slots:
       return self
@@ -77,30 +84,45 @@ class LatentCache:
       position_BS=grow(self.position_BS, 1),
     )
 
-  def read(self, layer: int | jax.Array) -> jax.Array:
-    """All slots of a layer, [B, S, C + R]."""
+  def read(self, layer: int | jax.Array) -> Entry:
+    """All slots of a layer, [B, S, …] each."""
     if isinstance(self.layers, tuple):
       return self.layers[layer]
-    return jax.lax.dynamic_index_in_dim(self.layers, layer, keepdims=False)
+    return jax.tree.map(
+      lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False),
+      self.layers,
+    )
 
 
-def make_latent_cache(
+def make_cache(
   *,
   num_layers: int,
   batch: int,
   length: int,
-  width: int,
+  shapes: Mapping[str, tuple[int, ...]],
   dtype: jnp.dtype,
   stacked: bool,
-) -> LatentCache:
-  """An empty cache of `length` slots; `stacked` for scanned layers."""
-  shape = (batch, length, width)
-  if stacked:
-    layers = jnp.zeros((num_layers, *shape), dtype)
-  else:
-    layers = tuple(jnp.zeros(shape, dtype) for _ in range(num_layers))
-  return LatentCache(
-    layers=layers,
+) -> Cache:
+  """An empty cache of `length` slots; `stacked` for scanned layers.
+
+  Args:
+    num_layers: Layers that keep something.
+    batch: Rows.
+    length: Slots.
+    shapes: By name, the shape of what is kept of one token.
+    dtype: Of what is kept.
+    stacked: One array for all layers.
+  """
+  empty = lambda *lead: {
+    name: jnp.zeros((*lead, batch, length, *shape), dtype)
+    for name, shape in shapes.items()
+  }
+  return Cache(
+    layers=(
+      empty(num_layers)
+      if stacked
+      else tuple(empty() for _ in range(num_layers))
+    ),
     segment_BS=jnp.zeros((batch, length), jnp.int32),
     position_BS=jnp.zeros((batch, length), jnp.int32),
     slot=jnp.zeros((), jnp.int32),

@@ -15,8 +15,10 @@ class YarnConfig:
     original_length: L, in tokens.
     beta_fast: Rotations over L above which a frequency is kept.
     beta_slow: Rotations over L below which a frequency is divided by s.
-    mscale: Numerator of the cos/sin factor.
-    mscale_all_dim: Its denominator; squared into the softmax scale.
+    mscale: Numerator of the factor of cos and sin.
+    mscale_all_dim: Its denominator, squared into the softmax scale; without
+      both (0) the factor is YaRN's own, that of mscale = 1, and the scale is
+      left alone.
   """
 
   factor: float
@@ -33,14 +35,90 @@ class YarnConfig:
         'both must be at least 1'
       )
 
+  @property
+  def rotation_factor(self) -> float:
+    """What cos and sin are multiplied by."""
+    if not (self.mscale and self.mscale_all_dim):
+      return yarn_mscale(self.factor, 1.0)
+    return yarn_mscale(self.factor, self.mscale) / yarn_mscale(
+      self.factor, self.mscale_all_dim
+    )
+
+  @property
+  def softmax_factor(self) -> float:
+    """What MLA's softmax scale is multiplied by."""
+    return yarn_mscale(self.factor, self.mscale_all_dim) ** 2
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+  """0.1 · m · ln s + 1. Source: DeepSeek-V3, arXiv:2412.19437, §4.3."""
+  return 0.1 * mscale * math.log(factor) + 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3RopeConfig:
+  """Llama 3.1's context extension.
+
+  Attributes:
+    factor: What low frequencies are divided by.
+    low_freq_factor: Rotations over the original length up to which a frequency
+      is divided.
+    high_freq_factor: Rotations from which on it is kept.
+    original_length: L, in tokens.
+  """
+
+  factor: float
+  low_freq_factor: float
+  high_freq_factor: float
+  original_length: int
+
+  def __post_init__(self):
+    if self.factor < 1 or self.original_length < 1:
+      raise ValueError(
+        f'factor={self.factor}, original_length={self.original_length}: '
+        'both must be at least 1'
+      )
+    if not 0 < self.low_freq_factor < self.high_freq_factor:
+      raise ValueError(
+        f'low_freq_factor={self.low_freq_factor} must be positive and less '
+        f'than high_freq_factor={self.high_freq_factor}'
+      )
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-  """Rotary embedding: pairs (0, 1), (2, 3), … or halves (i, i + dim/2)."""
+  """Rotary embedding.
+
+  Attributes:
+    theta: Base of the frequencies.
+    interleaved: Pairs (0, 1), (2, 3), … or halves (i, i + dim/2).
+    scaling: How the context was extended.
+  """
 
   theta: float
   interleaved: bool
-  yarn: YarnConfig | None = None
+  scaling: YarnConfig | Llama3RopeConfig | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexerConfig:
+  """V3.2's lightning indexer: which tokens attention may see.
+
+  Attributes:
+    num_heads: J.
+    head_dim: I, of which the first rope_head_dim are rotated, in halves.
+    top_k: Tokens that each query attends to.
+    dense: The warm-up: attention sees all tokens while the indexer learns.
+  """
+
+  num_heads: int
+  head_dim: int
+  top_k: int
+  dense: bool = False
+
+  def __post_init__(self):
+    if self.top_k < 1:
+      raise ValueError(f'top_k={self.top_k} must be at least 1')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +133,8 @@ class MlaConfig:
     rope_head_dim: R, rotated key width, shared by all heads.
     v_head_dim: U.
     rope: The rotary embedding.
+    norm_eps: Of the norms of the latents, whatever the other norms have.
+    indexer: Sparse attention (V3.2); it reads the query latent.
   """
 
   num_heads: int
@@ -64,23 +144,76 @@ class MlaConfig:
   rope_head_dim: int
   v_head_dim: int
   rope: RopeConfig
+  norm_eps: float = 1e-6
+  indexer: IndexerConfig | None = None
 
   def __post_init__(self):
     if self.rope_head_dim % 2:
       raise ValueError(f'rope_head_dim={self.rope_head_dim} must be even')
+    if self.indexer is None:
+      return
+    if self.q_lora_rank is None:
+      raise ValueError(
+        'q_lora_rank=None: the indexer needs the query latent, give its rank'
+      )
+    if self.indexer.head_dim < self.rope_head_dim:
+      raise ValueError(
+        f'indexer.head_dim={self.indexer.head_dim} must be at least '
+        f'rope_head_dim={self.rope_head_dim}'
+      )
+
+  @property
+  def rotated_dim(self) -> int:
+    """Width of what is rotated."""
+    return self.rope_head_dim
 
   @property
   def softmax_scale(self) -> float:
     scale = (self.nope_head_dim + self.rope_head_dim) ** -0.5
-    yarn = self.rope.yarn
-    if yarn is None:
-      return scale
-    return scale * yarn_mscale(yarn.factor, yarn.mscale_all_dim) ** 2
+    scaling = self.rope.scaling
+    if isinstance(scaling, YarnConfig):
+      scale *= scaling.softmax_factor
+    return scale
 
 
-def yarn_mscale(factor: float, mscale: float) -> float:
-  """0.1 · m · ln s + 1. Source: DeepSeek-V3, arXiv:2412.19437, §4.3."""
-  return 0.1 * mscale * math.log(factor) + 1.0
+@dataclasses.dataclass(frozen=True)
+class GqaConfig:
+  """Grouped-query attention, as Qwen and Llama have it.
+
+  Attributes:
+    num_heads: H.
+    num_kv_heads: G, divides H.
+    head_dim: Q, of queries, keys and values.
+    rope: The rotary embedding.
+    qkv_bias: Queries, keys and values have biases (Qwen2).
+    qk_norm: RMSNorm over each head's queries and keys before the rotation
+      (Qwen3).
+  """
+
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  rope: RopeConfig
+  qkv_bias: bool = False
+  qk_norm: bool = False
+
+  def __post_init__(self):
+    if self.head_dim % 2:
+      raise ValueError(f'head_dim={self.head_dim} must be even')
+    if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+      raise ValueError(
+        f'num_kv_heads={self.num_kv_heads} must divide '
+        f'num_heads={self.num_heads}'
+      )
+
+  @property
+  def rotated_dim(self) -> int:
+    """Width of what is rotated."""
+    return self.head_dim
+
+  @property
+  def softmax_scale(self) -> float:
+    return self.head_dim**-0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +231,7 @@ class MoeConfig:
     group_score: 'top2' (V3: sum of the two best) or 'max' (V2).
     normalize: Divide the chosen scores by their sum.
     scale: Routed scaling factor.
+    has_bias: The choice has a bias that evens out the load (V3).
     block: Rows of one expert that are worked off together.
     implementation: Of pallas_kernels.routed_swiglu: 'xla' on a CPU, 'grouped'
       on an accelerator.
@@ -113,6 +247,7 @@ class MoeConfig:
   group_score: str = 'top2'
   normalize: bool = True
   scale: float = 1.0
+  has_bias: bool = True
   block: int = 32
   implementation: str = 'xla'
 
@@ -158,14 +293,14 @@ class MoeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """A DeepSeek-V3-shaped transformer.
+  """A transformer: DeepSeek V2, V3 and V3.2, Moonlight, Kimi, Qwen, Llama.
 
   Attributes:
     vocab_size: V.
     embed_dim: D.
     num_layers: Blocks of the main model, the dense ones first.
     num_dense_layers: How many of them have a dense SwiGLU.
-    dense_dim: Width of that SwiGLU.
+    dense_dim: Width of that SwiGLU; anything where there is none.
     attention: Attention of every block.
     moe: Feed-forward of the other blocks; None only if all are dense.
     mtp_depth: M, multi-token-prediction modules.
@@ -184,7 +319,7 @@ class ModelConfig:
   num_layers: int
   num_dense_layers: int
   dense_dim: int
-  attention: MlaConfig
+  attention: MlaConfig | GqaConfig
   moe: MoeConfig | None
   mtp_depth: int = 0
   mtp_after_norm: bool = False

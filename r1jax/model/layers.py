@@ -1,4 +1,4 @@
-"""RMSNorm, dense projection and SwiGLU."""
+"""RMSNorm, LayerNorm and SwiGLU."""
 
 import functools
 
@@ -26,6 +26,28 @@ class RmsNorm(nn.Module):
       jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps
     )
     return (x32 * inverse * scale_D).astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+  """(x - mean) / std · scale + bias, in float32 inside.
+
+  Source: Ba et al., arXiv:1607.06450.
+  """
+
+  eps: float
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    param = functools.partial(sharding.param, self)
+    scale_D = param('scale', x.shape[-1:], (None,), std=None)
+    bias_D = param('bias', x.shape[-1:], (None,), std=0.0)
+    x32 = x.astype(jnp.float32)
+    x32 -= jnp.mean(x32, axis=-1, keepdims=True)
+    inverse = jax.lax.rsqrt(
+      jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps
+    )
+    return (x32 * inverse * scale_D + bias_D).astype(self.dtype)
 
 
 class SwiGlu(nn.Module):

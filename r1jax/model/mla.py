@@ -9,62 +9,23 @@ Source: DeepSeek-V2, arXiv:2405.04434, §2.1; DeepSeek-V3, arXiv:2412.19437,
 §2.1.1.
 """
 
+import dataclasses
 import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from r1jax.model import attention, layers, rope, sparse
 from r1jax.model import cache as cache_lib
 from r1jax.model import config as model_config
-from r1jax.model import layers, rope
 from r1jax.parallel import sharding
-
-
-def attention_mask(
-  segment_BT: jax.Array,
-  position_BT: jax.Array,
-  segment_BS: jax.Array,
-  position_BS: jax.Array,
-) -> jax.Array:
-  """True where a query may see a key: same document, not later. [B, T, S]."""
-  same_BTS = segment_BT[:, :, None] == segment_BS[:, None, :]
-  same_BTS &= segment_BS[:, None, :] > 0
-  return same_BTS & (position_BS[:, None, :] <= position_BT[:, :, None])
-
-
-def attend(
-  score_BHTS: jax.Array, mask_BTS: jax.Array, value: jax.Array, einsum: str
-) -> jax.Array:
-  """Softmax over the allowed keys in float32, then the weighted sum of values.
-
-  Divides after the sum, where there is less to divide. A query without any
-  allowed key (padding) gets the mean of the values: finite, and used nowhere.
-
-  Args:
-    score_BHTS: Scaled scores.
-    mask_BTS: True where a query may see a key.
-    value: Values, heads or no heads.
-    einsum: How 'BHTS' meets them; the result begins with B, T, H.
-  """
-  score_BHTS = jnp.where(mask_BTS[:, None], score_BHTS, -1e30)
-  top_BHT1 = jax.lax.stop_gradient(score_BHTS.max(-1, keepdims=True))
-  weight_BHTS = jnp.exp(score_BHTS - top_BHT1)
-  total_BTH = weight_BHTS.sum(-1).swapaxes(1, 2)
-  out = jnp.einsum(
-    einsum,
-    weight_BHTS.astype(value.dtype),
-    value,
-    preferred_element_type=jnp.float32,
-  )
-  return (out / total_BTH[..., None]).astype(value.dtype)
 
 
 class Mla(nn.Module):
   """Multi-head latent attention; see the top of this file."""
 
   config: model_config.MlaConfig
-  norm_eps: float
   init_std: float
   dtype: jnp.dtype
 
@@ -72,30 +33,32 @@ class Mla(nn.Module):
   def __call__(
     self,
     x_BTD: jax.Array,
-    cos_sin: tuple[jax.Array, jax.Array],
-    mask_BTS: jax.Array,
-    cache: cache_lib.LatentCache | None,
+    context: attention.Context,
+    cache: cache_lib.Cache | None,
     layer: int | jax.Array,
-    decode: bool,
-  ) -> tuple[jax.Array, cache_lib.LatentCache | None]:
-    """Attends to x itself, or with `decode` to everything in the cache.
+    mode: attention.Mode,
+  ) -> tuple[jax.Array, cache_lib.Cache | None, jax.Array | None]:
+    """Attends to x itself, or when decoding to everything in the cache.
 
     Args:
       x_BTD: Normed input.
-      cos_sin: Of the tokens' positions, [B, T, R / 2] each.
-      mask_BTS: Keys are the tokens of x (S = T), or with `decode` the slots
-        of the cache, those of x included.
+      context: Rotations, and which keys each token may see: the tokens of x,
+        or when decoding the slots of the cache, those of x included.
       cache: Receives the latents of x if given.
       layer: Index of this layer in the cache.
-      decode: Absorbed form over the cache, instead of expanded over x.
+      mode: Absorbed form over the cache, or expanded over x.
+
+    Returns:
+      The output, the cache, and if asked for what the indexer has to learn:
+      its divergence from attention, [B, T].
     """
     c = self.config
     D, H, C, N = x_BTD.shape[-1], c.num_heads, c.kv_lora_rank, c.nope_head_dim
     param = functools.partial(sharding.param, self, std=self.init_std)
-    norm = functools.partial(layers.RmsNorm, self.norm_eps, self.dtype)
+    norm = functools.partial(layers.RmsNorm, c.norm_eps, self.dtype)
     rotate = functools.partial(rope.rotate, interleaved=c.rope.interleaved)
     cast = lambda w: w.astype(self.dtype)
-    cos_BTR, sin_BTR = cos_sin
+    cos_BTR, sin_BTR = context.cos_sin
 
     q_BTA, q_in = x_BTD, 'embed'
     if c.q_lora_rank is not None:
@@ -122,51 +85,71 @@ class Mla(nn.Module):
     k_up_CHN = param('k_up', (C, H, N), ('latent', 'heads', None))
     v_up_CHU = param('v_up', (C, H, c.v_head_dim), ('latent', 'heads', None))
     out_HUD = param('out', (H, c.v_head_dim, D), ('heads', None, 'embed'))
-    if cache is not None:
-      cache = cache.append(
-        layer, jnp.concatenate([latent_BTC, k_rope_BTR], axis=-1)
-      )
 
-    if decode:
+    entry = {'latent': jnp.concatenate([latent_BTC, k_rope_BTR], axis=-1)}
+    index = None
+    if c.indexer is not None:
+      indexer = sparse.Indexer(
+        c.indexer, self.init_std, self.dtype, name='indexer'
+      )
+      index = indexer(x_BTD, q_BTA, context.cos_sin)
+      entry['index'] = index.k_BSI
+    if cache is not None:
+      cache = cache.append(layer, entry)
+
+    learned_BT = None
+    if mode.decode:
+      past = cache.read(layer)
       q_BTHC = jnp.einsum('BTHN,CHN->BTHC', q_nope_BTHN, cast(k_up_CHN))
       q_BTHC = jnp.concatenate([q_BTHC, q_rope_BTHR], axis=-1)
-      o_BTHC = absorbed(
-        q_BTHC, cache.read(layer), mask_BTS, scale=c.softmax_scale
-      )
+      attend = functools.partial(absorbed, scale=c.softmax_scale)
+      if index is not None and not c.indexer.dense:
+        attend = sparse.over_selected(
+          attend,
+          dataclasses.replace(index, k_BSI=past['index']).scores(),
+          c.indexer.top_k,
+        )
+      o_BTHC = attend(q_BTHC, past['latent'], context.mask_BTS)
       o_BTHU = jnp.einsum('BTHC,CHU->BTHU', o_BTHC[..., :C], cast(v_up_CHU))
     else:
       k_BSHN = jnp.einsum('BTC,CHN->BTHN', latent_BTC, cast(k_up_CHN))
       v_BSHU = jnp.einsum('BTC,CHU->BTHU', latent_BTC, cast(v_up_CHU))
-      o_BTHU = expanded(
+      score_BHTS = scores(
         jnp.concatenate([q_nope_BTHN, q_rope_BTHR], axis=-1),
         jnp.concatenate(
           [k_BSHN, jnp.broadcast_to(k_rope_BTR[:, :, None], q_rope_BTHR.shape)],
           axis=-1,
         ),
-        v_BSHU,
-        mask_BTS,
         scale=c.softmax_scale,
       )
+      mask_BTS = context.mask_BTS
+      if index is not None:
+        index_BTS = index.scores()
+        if not c.indexer.dense:
+          mask_BTS = sparse.selected(index_BTS, mask_BTS, c.indexer.top_k)
+        if mode.indexer_loss:
+          learned_BT = sparse.divergence(
+            attention.mean_probability(score_BHTS, mask_BTS),
+            index_BTS,
+            mask_BTS,
+          )
+      o_BTHU = attention.attend(
+        score_BHTS, mask_BTS, v_BSHU, 'BHTS,BSHU->BTHU'
+      )
     out_BTD = jnp.einsum('BTHU,HUD->BTD', o_BTHU, cast(out_HUD))
-    return out_BTD, cache
+    return out_BTD, cache, learned_BT
 
 
-def expanded(
-  q_BTHQ: jax.Array,
-  k_BSHQ: jax.Array,
-  v_BSHU: jax.Array,
-  mask_BTS: jax.Array,
-  *,
-  scale: float,
+def scores(
+  q_BTHQ: jax.Array, k_BSHQ: jax.Array, *, scale: float
 ) -> jax.Array:
-  """Multi-head attention, [B, T, H, U]; probabilities in float32."""
-  score_BHTS = jnp.einsum(
+  """Scaled scores of multi-head attention, float32 [B, H, T, S]."""
+  return jnp.einsum(
     'BTHQ,BSHQ->BHTS',
     q_BTHQ * scale,
     k_BSHQ,
     preferred_element_type=jnp.float32,
   )
-  return attend(score_BHTS, mask_BTS, v_BSHU, 'BHTS,BSHU->BTHU')
 
 
 def absorbed(

@@ -49,7 +49,11 @@ class Moe(nn.Module):
     gate_EDF = param('gate', (E, D, F), ('experts', 'embed', 'mlp'))
     up_EDF = param('up', (E, D, F), ('experts', 'embed', 'mlp'))
     down_EFD = param('down', (E, F, D), ('experts', 'mlp', 'embed'))
-    bias_E = self.variable('router', 'bias', jnp.zeros, (E,), jnp.float32)
+    bias_E = jnp.zeros((E,), jnp.float32)
+    if c.has_bias:
+      bias_E = self.variable(
+        'router', 'bias', jnp.zeros, (E,), jnp.float32
+      ).value
 
     with jax.named_scope('router'):
       logits_BTE = jnp.einsum(
@@ -59,7 +63,7 @@ class Moe(nn.Module):
         precision=jax.lax.Precision.HIGHEST,
       )
       score_BTE = router.scores(logits_BTE, c.score)
-      expert_BTK, weight_BTK = router.route(score_BTE, bias_E.value, config=c)
+      expert_BTK, weight_BTK = router.route(score_BTE, bias_E, config=c)
       metrics = MoeMetrics(
         counts_E=router.counts(expert_BTK, keep_BT, E),
         balance_B=router.sequence_balance(score_BTE, keep_BT, top_k=c.top_k),

@@ -1,4 +1,4 @@
-"""Rotary position embedding and YaRN."""
+"""Rotary position embedding, YaRN and Llama 3's extension."""
 
 import math
 
@@ -12,28 +12,52 @@ from r1jax.model import config as model_config
 def frequencies(rope: model_config.RopeConfig, dim: int) -> np.ndarray:
   """Angular frequency of each rotated pair, radians per token, [dim / 2].
 
-  f_i = θ^(-2i/dim). YaRN divides the low ones by s along a linear ramp:
+  f_i = θ^(-2i/dim), then what the context's extension makes of it.
+  """
+  index = np.arange(dim // 2, dtype=np.float64)
+  base = rope.theta ** (-2 * index / dim)
+  match rope.scaling:
+    case model_config.YarnConfig():
+      base = _yarn(base, rope.scaling, rope.theta, dim)
+    case model_config.Llama3RopeConfig():
+      base = _llama3(base, rope.scaling)
+  return base.astype(np.float32)
+
+
+def _yarn(
+  base: np.ndarray, yarn: model_config.YarnConfig, theta: float, dim: int
+) -> np.ndarray:
+  """Divides the low frequencies by s along a linear ramp.
+
   corr(n) = dim ln(L / 2πn) / (2 ln θ), from floor(corr(β_fast)) to
   ceil(corr(β_slow)).
 
   Source: YaRN, arXiv:2309.00071, §3.2; DeepSeek-V3, arXiv:2412.19437, §4.3.
   """
-  index = np.arange(dim // 2, dtype=np.float64)
-  base = rope.theta ** (-2 * index / dim)
-  yarn = rope.yarn
-  if yarn is None:
-    return base.astype(np.float32)
 
   def correction(num_rotations: float) -> float:
     length = yarn.original_length / (num_rotations * 2 * math.pi)
-    return dim * math.log(length) / (2 * math.log(rope.theta))
+    return dim * math.log(length) / (2 * math.log(theta))
 
   low = max(math.floor(correction(yarn.beta_fast)), 0)
   high = min(math.ceil(correction(yarn.beta_slow)), dim - 1)
   if low == high:
     high += 0.001
-  ramp = np.clip((index - low) / (high - low), 0, 1)
-  return (base / yarn.factor * ramp + base * (1 - ramp)).astype(np.float32)
+  ramp = np.clip((np.arange(dim // 2) - low) / (high - low), 0, 1)
+  return base / yarn.factor * ramp + base * (1 - ramp)
+
+
+def _llama3(
+  base: np.ndarray, scaling: model_config.Llama3RopeConfig
+) -> np.ndarray:
+  """Divides by the factor what turns less than low_freq_factor times over L.
+
+  Source: Llama 3.1's released code; smooth between the two factors.
+  """
+  low, high = scaling.low_freq_factor, scaling.high_freq_factor
+  num_rotations = scaling.original_length * base / (2 * math.pi)
+  kept = np.clip((num_rotations - low) / (high - low), 0, 1)
+  return base * kept + base / scaling.factor * (1 - kept)
 
 
 def cos_sin(
@@ -42,10 +66,8 @@ def cos_sin(
   """cos and sin of position · frequency, float32 [B, T, dim / 2] each."""
   angle = position_BT[..., None].astype(jnp.float32) * frequencies(rope, dim)
   factor = 1.0
-  if rope.yarn is not None:
-    yarn = rope.yarn
-    factor = model_config.yarn_mscale(yarn.factor, yarn.mscale)
-    factor /= model_config.yarn_mscale(yarn.factor, yarn.mscale_all_dim)
+  if isinstance(rope.scaling, model_config.YarnConfig):
+    factor = rope.scaling.rotation_factor
   return jnp.cos(angle) * factor, jnp.sin(angle) * factor
 
 

@@ -7,10 +7,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from r1jax.model import attention, layers, moe, rope
 from r1jax.model import block as block_lib
 from r1jax.model import cache as cache_lib
 from r1jax.model import config as model_config
-from r1jax.model import layers, mla, moe, rope
 from r1jax.model import router as router_lib
 from r1jax.parallel import sharding
 
@@ -28,12 +28,15 @@ class Output:
     cache: The cache with this call's tokens, None if none was given.
     moe: Stacked over the MoE layers of the main model, then of MTP (when
       asked for): counts [L, E], balance [L, B]; None without experts.
+    indexer_LBT: How far each layer's indexer is from attention, the main
+      model's layers first; None unless asked for.
   """
 
   hidden_BTD: jax.Array
   mtp_hidden: tuple[jax.Array, ...]
-  cache: cache_lib.LatentCache | None
+  cache: cache_lib.Cache | None
   moe: moe.MoeMetrics | None
+  indexer_LBT: jax.Array | None
 
 
 class MtpModule(nn.Module):
@@ -50,8 +53,9 @@ class MtpModule(nn.Module):
     self,
     hidden_BTD: jax.Array,
     embedded_BTD: jax.Array,
-    context: block_lib.Context,
-  ) -> tuple[jax.Array, jax.Array, moe.MoeMetrics | None]:
+    context: attention.Context,
+    mode: attention.Mode,
+  ) -> tuple[jax.Array, jax.Array, block_lib.BlockMetrics]:
     """Returns the chain's hidden state, its normed form, and metrics."""
     c, dtype = self.config, jnp.dtype(self.config.dtype)
     norm = lambda name: layers.RmsNorm(c.norm_eps, dtype, name=name)
@@ -64,13 +68,13 @@ class MtpModule(nn.Module):
       axis=-1,
     )
     x_BTD = jnp.einsum('BTE,ED->BTD', both_BTE, project_ED.astype(dtype))
-    block = _block_class(c)(c, is_moe=c.moe is not None, name='block')
+    block = _block_class(c)(c, c.moe is not None, mode, name='block')
     x_BTD, _, metrics = block(x_BTD, context, None, 0)
     return x_BTD, norm('final_norm')(x_BTD), metrics
 
 
 class Transformer(nn.Module):
-  """DeepSeek-V3-shaped language model; `apply` is the only way in."""
+  """The language model; `apply` is the only way in."""
 
   config: model_config.ModelConfig
 
@@ -81,9 +85,10 @@ class Transformer(nn.Module):
     *,
     segment_BT: jax.Array | None = None,
     position_BT: jax.Array | None = None,
-    cache: cache_lib.LatentCache | None = None,
+    cache: cache_lib.Cache | None = None,
     decode: bool = False,
     mtp: bool = False,
+    indexer_loss: bool = False,
   ) -> Output:
     """Computes hidden states.
 
@@ -95,11 +100,13 @@ class Transformer(nn.Module):
       decode: Attend to everything in the cache (absorbed form); else to the
         tokens of this call only (expanded form: training and prefill).
       mtp: Also run the multi-token-prediction modules.
+      indexer_loss: Also return what sparse attention's indexers have to learn.
 
     Raises:
       ValueError: decode without a cache.
     """
     c = self.config
+    mode = attention.Mode(decode, indexer_loss)
     if decode and cache is None:
       raise ValueError('decode=True needs a cache')
     B, T = tokens_BT.shape
@@ -132,7 +139,7 @@ class Transformer(nn.Module):
     x_BTD = sharding.constrain(
       embed(tokens_BT), ('batch', 'length', 'act_embed')
     )
-    x_BTD, cache, metrics = self._run_stacks(x_BTD, context, cache, decode)
+    x_BTD, cache, metrics = self._run_stacks(x_BTD, context, cache, mode)
     hidden_BTD = layers.RmsNorm(c.norm_eps, jnp.dtype(c.dtype), name='norm')(
       x_BTD
     )
@@ -145,16 +152,18 @@ class Transformer(nn.Module):
       for k in range(1, c.mtp_depth + 1):
         ahead_BT = jnp.roll(tokens_BT, -k, axis=1)
         module = MtpModule(c, name=f'mtp_{k}')
-        chain_BTD, out_BTD, m = module(chain_BTD, embed(ahead_BT), context)
+        chain_BTD, out_BTD, m = module(
+          chain_BTD, embed(ahead_BT), context, mode
+        )
         mtp_hidden.append(out_BTD)
         metrics.append(jax.tree.map(lambda x: x[None], m))
-    metrics = [m for m in metrics if m is not None]
-    stacked = (
-      jax.tree.map(lambda *xs: jnp.concatenate(xs), *metrics)
-      if metrics
-      else None
+    return Output(
+      hidden_BTD=hidden_BTD,
+      mtp_hidden=tuple(mtp_hidden),
+      cache=cache,
+      moe=_concatenate([m.moe for m in metrics]),
+      indexer_LBT=_concatenate([m.indexer_BT for m in metrics]),
     )
-    return Output(hidden_BTD, tuple(mtp_hidden), cache, stacked)
 
   @nn.compact
   def logits(self, tokens_BT: jax.Array, **kwargs: Any) -> jax.Array:
@@ -171,20 +180,18 @@ class Transformer(nn.Module):
 
   def _context(self, segment_BT, position_BT, filled):
     """Rotation and mask, once for all blocks."""
-    attention = self.config.attention
+    c = self.config.attention
     if filled is None:
       keys = segment_BT, position_BT
     else:
       keys = filled.segment_BS, filled.position_BS
-    return block_lib.Context(
-      cos_sin=rope.cos_sin(
-        position_BT, attention.rope, attention.rope_head_dim
-      ),
-      mask_BTS=mla.attention_mask(segment_BT, position_BT, *keys),
+    return attention.Context(
+      cos_sin=rope.cos_sin(position_BT, c.rope, c.rotated_dim),
+      mask_BTS=attention.attention_mask(segment_BT, position_BT, *keys),
       keep_BT=segment_BT > 0,
     )
 
-  def _run_stacks(self, x_BTD, context, cache, decode):
+  def _run_stacks(self, x_BTD, context, cache, mode):
     """The dense blocks, then the MoE blocks; one metrics tree per stack."""
     c, metrics = self.config, []
     num_moe = c.num_layers - c.num_dense_layers
@@ -197,12 +204,12 @@ class Transformer(nn.Module):
         continue
       run = self._scan if c.scan_layers else self._unroll
       x_BTD, cache, m = run(
-        name, is_moe, first, count, x_BTD, context, cache, decode
+        name, is_moe, first, count, x_BTD, context, cache, mode
       )
       metrics.append(m)
     return x_BTD, cache, metrics
 
-  def _scan(self, name, is_moe, first, count, x_BTD, context, cache, decode):
+  def _scan(self, name, is_moe, first, count, x_BTD, context, cache, mode):
     def body(block, carry, layer):
       x_BTD, cache = carry
       x_BTD, cache, m = block(x_BTD, context, cache, layer)
@@ -215,23 +222,29 @@ class Transformer(nn.Module):
       length=count,
       metadata_params={nn.PARTITION_NAME: 'layers'},
     )
-    block = _block_class(self.config)(self.config, is_moe, decode, name=name)
+    block = _block_class(self.config)(self.config, is_moe, mode, name=name)
     (x_BTD, cache), m = scan(
       block, (x_BTD, cache), first + jnp.arange(count, dtype=jnp.int32)
     )
     return x_BTD, cache, m
 
-  def _unroll(self, name, is_moe, first, count, x_BTD, context, cache, decode):
+  def _unroll(self, name, is_moe, first, count, x_BTD, context, cache, mode):
     metrics = []
     for i in range(count):
       block = _block_class(self.config)(
-        self.config, is_moe, decode, name=f'{name}_{i}'
+        self.config, is_moe, mode, name=f'{name}_{i}'
       )
       x_BTD, cache, m = block(x_BTD, context, cache, first + i)
       metrics.append(m)
-    if not is_moe:
-      return x_BTD, cache, None
     return x_BTD, cache, jax.tree.map(lambda *xs: jnp.stack(xs), *metrics)
+
+
+def _concatenate(stacks: list[Any]) -> Any:
+  """Joins trees [L, …] of several stacks, without those that are None."""
+  stacks = [s for s in stacks if s is not None]
+  if not stacks:
+    return None
+  return jax.tree.map(lambda *xs: jnp.concatenate(xs), *stacks)
 
 
 def _block_class(config: model_config.ModelConfig) -> type[nn.Module]:
@@ -249,14 +262,20 @@ def head(params: Any, config: model_config.ModelConfig) -> jax.Array:
 
 def make_cache(
   config: model_config.ModelConfig, batch: int, length: int
-) -> cache_lib.LatentCache:
+) -> cache_lib.Cache:
   """An empty cache that fits the model, for `length` tokens a row."""
-  a = config.attention
-  return cache_lib.make_latent_cache(
+  match a := config.attention:
+    case model_config.MlaConfig():
+      shapes = {'latent': (a.kv_lora_rank + a.rope_head_dim,)}
+      if a.indexer is not None:
+        shapes['index'] = (a.indexer.head_dim,)
+    case model_config.GqaConfig():
+      shapes = dict.fromkeys(('key', 'value'), (a.num_kv_heads, a.head_dim))
+  return cache_lib.make_cache(
     num_layers=config.num_layers,
     batch=batch,
     length=length,
-    width=a.kv_lora_rank + a.rope_head_dim,
+    shapes=shapes,
     dtype=jnp.dtype(config.dtype),
     stacked=config.scan_layers,
   )

@@ -23,6 +23,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   # Weights.
   'embed': 'fsdp',
   'heads': 'tensor',
+  'kv_heads': 'tensor',
   'mlp': 'tensor',
   'vocab': 'tensor',
   'experts': 'expert',
@@ -119,6 +120,13 @@ def unbox(tree: Any) -> Any:
 
 def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
+
+
+def replicated_like(target: jax.sharding.Sharding) -> jax.sharding.Sharding:
+  """Replicated over the devices of another sharding."""
+  if isinstance(target, NamedSharding):
+    return replicated(target.mesh)
+  return target
 
 
 def batch_sharding(mesh: Mesh, rank: int) -> NamedSharding:

@@ -38,7 +38,7 @@ class _Decoding:
   done_B: jax.Array
   length_B: jax.Array
   row_B: jax.Array
-  cache: cache_lib.LatentCache
+  cache: cache_lib.Cache
 
 
 def phases(max_new_tokens: int, batch: int) -> tuple[tuple[int, int], ...]:

@@ -103,7 +103,7 @@ class Stream:
 
   def _run_prefill(
     self, variables: Any, prompt_1T: jax.Array, length: jax.Array, key: Any
-  ) -> tuple[jax.Array, cache_lib.LatentCache]:
+  ) -> tuple[jax.Array, cache_lib.Cache]:
     slot_1T = jnp.arange(prompt_1T.shape[1], dtype=jnp.int32)[None]
     out = self._model.apply(
       variables,
@@ -120,11 +120,11 @@ class Stream:
   def _run_step(
     self,
     variables: Any,
-    cache: cache_lib.LatentCache,
+    cache: cache_lib.Cache,
     token_1: jax.Array,
     count: jax.Array,
     key: jax.Array,
-  ) -> tuple[jax.Array, cache_lib.LatentCache]:
+  ) -> tuple[jax.Array, cache_lib.Cache]:
     out = self._model.apply(
       variables,
       token_1[:, None],

@@ -14,6 +14,9 @@ _MATRICES = {
   'q_up': ((-3,), (-2, -1)),  # [A, H, N + R]
   'k_up': ((-3,), (-2, -1)),  # [C, H, N]
   'v_up': ((-3,), (-2, -1)),  # [C, H, U]
+  'q_proj': ((-3,), (-2, -1)),  # [D, H, Q]
+  'k_proj': ((-3,), (-2, -1)),  # [D, G, Q]
+  'v_proj': ((-3,), (-2, -1)),  # [D, G, Q]
   'out': ((-3, -2), (-1,)),  # [H, U, D]
 }
 # Lookups, choices and vectors stay with Adam.

@@ -1,0 +1,1 @@
+"""Weights of other tools: Hugging Face safetensors in and out."""

@@ -1,0 +1,514 @@
+"""Hugging Face checkpoints in and out, a slice at a time.
+
+  config, variables = huggingface.load(folder)
+  logits = transformer.Transformer(config).apply(
+      variables, tokens_BT, method='logits')
+
+Import fills the buffers of this host's shards straight from the mapped files
+and hands them to the devices: besides the shards it needs a few chunks of
+`_CHUNK` numbers. Export fetches a tensor at a time.
+"""
+
+import collections
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from jax.experimental import multihost_utils
+
+from r1jax import config as config_lib
+from r1jax.interop import fp8, hf_config, safetensors
+from r1jax.interop import mapping as mapping_lib
+from r1jax.model import config as model_config
+from r1jax.model import transformer
+from r1jax.parallel import sharding
+
+_SCALE = '_scale_inv'
+_DEFAULT_BLOCKS = (128, 128)
+# Numbers that are converted at once.
+_CHUNK = 1 << 23
+# Buffers that old checkpoints carry and nobody needs.
+_IGNORED = ('rotary_emb.inv_freq',)
+# What stays in bf16 when the rest is FP8.
+_NOT_FP8 = ('embed_tokens', 'lm_head', 'mlp.gate', 'eh_proj', 'weights_proj')
+
+PARAM_DTYPES = {
+  'float32': np.dtype(np.float32),
+  'bfloat16': np.dtype(ml_dtypes.bfloat16),
+}
+EXPORT_DTYPES = (*PARAM_DTYPES, 'fp8')
+
+
+# ---- Import ---------------------------------------------------------------
+
+
+def load(
+  folder: str | os.PathLike[str],
+  *,
+  mesh: jax.sharding.Mesh | None = None,
+  param_dtype: str = 'float32',
+  keep_fp8: bool = False,
+  say: Callable[[str], None] = lambda message: None,
+  **changes: Any,
+) -> tuple[model_config.ModelConfig, Any]:
+  """Loads a checkpoint.
+
+  Args:
+    folder: Holds config.json and safetensors files.
+    mesh: Where the variables go; the first device if None.
+    param_dtype: 'float32' or 'bfloat16'; router biases are float32 always.
+    keep_fp8: Leaves FP8 weights as they are, `fp8.Quantized`, for export.
+    say: Takes remarks.
+    **changes: Fields of the ModelConfig that are ours to choose, such as
+      dtype='bfloat16', scan_layers=False or mtp_depth=0 (leaves MTP out).
+
+  Returns:
+    The model's config and its variables, sharded as the model shards them.
+
+  Raises:
+    UserError: Something is missing, too much, misshapen, cut short or not
+      supported; the message names it.
+  """
+  folder = pathlib.Path(folder)
+  values = read_config(folder)
+  config = hf_config.read(values, **changes)
+  with safetensors.closing(folder) as reader:
+    if config.mtp_depth and not _has_mtp(config, reader):
+      say(
+        f'{folder}: config.json has {config.mtp_depth} MTP modules, the files '
+        'have none; loaded without'
+      )
+      config = dataclasses.replace(config, mtp_depth=0)
+    mapping = mapping_lib.make_mapping(config)
+    blocks = _blocks(values)
+    check(mapping, reader.entries, blocks, folder, config.num_layers)
+    _check_copies(mapping, reader)
+    loader = _Loader(reader, blocks, PARAM_DTYPES[param_dtype], keep_fp8)
+    shardings = _shardings(config, mesh)
+    variables: dict[str, Any] = {'params': {}, 'router': {}}
+    for leaf in mapping.leaves:
+      array = loader.load(leaf, _at(shardings, leaf.path))
+      _put(variables, leaf.path, array)
+  return config, variables
+
+
+def read_config(folder: pathlib.Path) -> dict[str, Any]:
+  """config.json of a folder.
+
+  Raises:
+    UserError: There is none, or it is no JSON object.
+  """
+  path = folder / 'config.json'
+  try:
+    values = json.loads(path.read_text())
+  except FileNotFoundError as e:
+    raise config_lib.UserError(f'{path} does not exist') from e
+  except ValueError as e:
+    raise config_lib.UserError(f'{path} is no JSON: {e}') from e
+  if not isinstance(values, dict):
+    raise config_lib.UserError(f'{path} holds no JSON object')
+  return values
+
+
+def is_checkpoint(folder: str | os.PathLike[str]) -> bool:
+  """Says whether a folder looks like one of Hugging Face."""
+  path = pathlib.Path(folder) / 'config.json'
+  try:
+    return 'model_type' in json.loads(path.read_text())
+  except (OSError, ValueError, TypeError):
+    return False
+
+
+def check(
+  mapping: mapping_lib.Mapping,
+  entries: Mapping[str, safetensors.Entry],
+  blocks: fp8.Blocks,
+  folder: pathlib.Path,
+  num_layers: int,
+) -> None:
+  """Each tensor is there once, in its shape, and nothing else is.
+
+  Raises:
+    UserError: Names the first tensor that is missing, too much or misshapen.
+  """
+  shapes = {
+    s.name: s.shape for leaf in mapping.leaves for s in leaf.sources.values()
+  }
+  shapes |= {copy: shapes[name] for copy, name in mapping.copies.items()}
+  expected = dict(shapes)
+  for name, shape in shapes.items():
+    entry = entries.get(name)
+    if entry is not None and entry.dtype == fp8.E4M3:
+      expected[name + _SCALE] = fp8.scale_shape(shape, blocks)
+  for name, shape in expected.items():
+    if name not in entries:
+      raise config_lib.UserError(f'{folder} lacks the tensor {name}')
+    if entries[name].shape != shape:
+      raise config_lib.UserError(
+        f'tensor {name} of {entries[name].file} is {list(entries[name].shape)}'
+        f', by config.json it must be {list(shape)}'
+      )
+  for name in entries:
+    if name in expected or name.endswith(_IGNORED):
+      continue
+    if not mapping.copies and _layer_of(name) >= num_layers:
+      continue  # MTP, which is left out.
+    raise config_lib.UserError(
+      f'{folder} has the tensor {name}, which the model does not have'
+    )
+
+
+class _Loader:
+  """Reads leaves into shards."""
+
+  def __init__(self, reader, blocks, dtype, keep_fp8):
+    self._reader, self._blocks = reader, blocks
+    self._dtype, self._keep_fp8 = dtype, keep_fp8
+
+  def load(self, leaf, target) -> Any:
+    """The leaf as a jax.Array, or as fp8.Quantized."""
+    dtypes = {
+      self._reader.entries[s.name].dtype for s in leaf.sources.values()
+    }
+    if self._keep_fp8 and dtypes == {fp8.E4M3}:
+      return self._load_quantized(leaf, target)
+    dtype = np.dtype(np.float32) if leaf.path[0] == 'router' else self._dtype
+    return _fill(
+      leaf.shape,
+      dtype,
+      target,
+      lambda index, out: self._read_box(leaf, index, out),
+    )
+
+  def _load_quantized(self, leaf, target):
+    q = _fill(
+      leaf.shape,
+      fp8.E4M3,
+      target,
+      lambda index, out: self._read_box(leaf, index, out),
+    )
+    one = next(iter(leaf.sources.values()))
+    shape = (*leaf.stack, *fp8.scale_shape(one.shape, self._blocks))
+
+    def read_scales(index, out):
+      for at in mapping_lib.stack_indices(index[: len(leaf.stack)]):
+        scale = self._reader.read(leaf.sources[at].name + _SCALE)
+        place = tuple(i - s.start for i, s in zip(at, index, strict=False))
+        out[place] = scale[index[-2:]]
+
+    everywhere = sharding.replicated_like(target)
+    scale = _fill(shape, np.dtype(np.float32), everywhere, read_scales)
+    return fp8.Quantized(q, scale, self._blocks)
+
+  def _read_box(self, leaf, index, out) -> None:
+    """Fills `out` with the part `index` of the leaf."""
+    depth = len(leaf.stack)
+    for at in mapping_lib.stack_indices(index[:depth]):
+      place = tuple(i - s.start for i, s in zip(at, index, strict=False))
+      self._read_slice(leaf.sources[at], index[depth:], out[place])
+
+  def _read_slice(self, source, index, out) -> None:
+    """Fills `out` with the part `index` of one slice, chunk by chunk."""
+    window = list(source.window)
+    for axis, part in zip(source.axes, index, strict=True):
+      start = source.window[axis].start
+      window[axis] = slice(start + part.start, start + part.stop)
+    inner = 1
+    for part in window[1:]:
+      inner *= part.stop - part.start
+    step = max(_CHUNK // max(inner, 1), 1)
+    first_axis = source.axes.index(0)
+    for start in range(window[0].start, window[0].stop, step):
+      chunk = (
+        slice(start, min(start + step, window[0].stop)),
+        *window[1:],
+      )
+      numbers = self._numbers(source, chunk, keep=out.dtype == fp8.E4M3)
+      place = [slice(None)] * out.ndim
+      place[first_axis] = slice(
+        chunk[0].start - window[0].start, chunk[0].stop - window[0].start
+      )
+      out[tuple(place)] = numbers.transpose(source.axes)
+
+  def _numbers(self, source, window, *, keep):
+    """A window of a tensor's view, dequantised unless kept."""
+    numbers = self._reader.read(source.name, source.view, window)
+    if keep or numbers.dtype != fp8.E4M3:
+      return numbers
+    lines = lambda sizes, parts: (
+      np.arange(np.prod(sizes, dtype=int)).reshape(sizes)[parts].ravel()
+    )
+    r = source.num_rows
+    rows = lines(source.view[:r], window[:r])
+    columns = lines(source.view[r:], window[r:])
+    flat = fp8.dequantize(
+      numbers.reshape(len(rows), len(columns)),
+      self._reader.read(source.name + _SCALE),
+      rows,
+      columns,
+      self._blocks,
+    )
+    return flat.reshape(numbers.shape)
+
+
+def _fill(
+  shape: tuple[int, ...],
+  dtype: np.dtype,
+  target: jax.sharding.Sharding,
+  read: Callable[[tuple[slice, ...], np.ndarray], None],
+) -> jax.Array:
+  """An array whose local shards `read`(index, out) fills, each once."""
+  buffers: dict[Any, np.ndarray] = {}
+  shards = []
+  for device, index in target.addressable_devices_indices_map(shape).items():
+    index = tuple(
+      slice(*s.indices(size)[:2]) for s, size in zip(index, shape, strict=True)
+    )
+    key = tuple((s.start, s.stop) for s in index)
+    if key not in buffers:
+      buffers[key] = _aligned([s.stop - s.start for s in index], dtype)
+      read(index, buffers[key])
+    shards.append(jax.device_put(buffers[key], device))
+  return jax.make_array_from_single_device_arrays(shape, target, shards)
+
+
+def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
+  """A buffer that a CPU device takes over without copying it."""
+  num_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+  raw = np.empty(num_bytes + 64, np.uint8)
+  start = -raw.ctypes.data % 64
+  return raw[start : start + num_bytes].view(dtype).reshape(shape)
+
+
+def _shardings(
+  config: model_config.ModelConfig, mesh: jax.sharding.Mesh | None
+) -> Any:
+  boxed = jax.eval_shape(
+    lambda: transformer.init(config, jax.random.key(0))
+  )
+  if mesh is not None:
+    return sharding.tree_shardings(mesh, boxed)
+  one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  return jax.tree.map(lambda _: one, sharding.unbox(boxed))
+
+
+def _check_copies(mapping, reader) -> None:
+  """MTP's embedding and head are those of the model, number for number."""
+  for copy, name in mapping.copies.items():
+    rows, columns = reader.entries[name].shape
+    step = max(_CHUNK // columns, 1)
+    for start in range(0, rows, step):
+      window = (slice(start, min(start + step, rows)), slice(0, columns))
+      if not np.array_equal(
+        reader.read(copy, window=window), reader.read(name, window=window)
+      ):
+        raise config_lib.UserError(
+          f'{copy} is not equal to {name}: MTP shares the model\'s own here'
+        )
+
+
+def _has_mtp(config, reader) -> bool:
+  return any(_layer_of(name) >= config.num_layers for name in reader.entries)
+
+
+def _layer_of(name: str) -> int:
+  """Number of the layer that a tensor belongs to, -1 for none."""
+  parts = name.split('.')
+  if parts[:2] == ['model', 'layers'] and len(parts) > 2 and parts[2].isdigit():
+    return int(parts[2])
+  return -1
+
+
+def _blocks(values: Mapping[str, Any]) -> fp8.Blocks:
+  """Size of the FP8 blocks.
+
+  Raises:
+    UserError: Weights are quantised in another way.
+  """
+  found = values.get('quantization_config')
+  if found is None:
+    return _DEFAULT_BLOCKS
+  if found.get('quant_method') != 'fp8' or found.get('fmt', 'e4m3') != 'e4m3':
+    raise config_lib.UserError(
+      f'quantization_config with quant_method={found.get("quant_method")!r}, '
+      f'fmt={found.get("fmt")!r} is not supported, only block FP8 (e4m3) is'
+    )
+  rows, columns = found.get('weight_block_size') or _DEFAULT_BLOCKS
+  return rows, columns
+
+
+def _at(tree: Any, path: mapping_lib.Path) -> Any:
+  for key in path:
+    tree = tree[key]
+  return tree
+
+
+def _put(tree: dict[str, Any], path: mapping_lib.Path, value: Any) -> None:
+  for key in path[:-1]:
+    tree = tree.setdefault(key, {})
+  tree[path[-1]] = value
+
+
+# ---- Export ---------------------------------------------------------------
+
+
+def save(
+  folder: str | os.PathLike[str],
+  config: model_config.ModelConfig,
+  variables: Any,
+  *,
+  dtype: str = 'bfloat16',
+  shard_bytes: int = 5 << 30,
+  extra: Mapping[str, Any] | None = None,
+  finish: Callable[[pathlib.Path], None] = lambda folder: None,
+) -> None:
+  """Writes config.json and safetensors files that transformers loads.
+
+  Everything is written under another name first: the folder is complete or it
+  is not there. Every process of a pod must call this; the first one writes.
+
+  Args:
+    folder: Must not exist, or be empty.
+    config: Of the model.
+    variables: Its variables; `fp8.Quantized` leaves are written as they are.
+    dtype: 'float32', 'bfloat16' or 'fp8' (matrices inside the blocks, the
+      rest bfloat16). Router biases are float32 always.
+    shard_bytes: Most bytes of a file, but a tensor is never cut.
+    extra: More keys for config.json.
+    finish: Puts more files into the folder before it gets its name.
+
+  Raises:
+    UserError: The folder holds something, or no family has this shape.
+  """
+  folder = pathlib.Path(folder)
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise config_lib.UserError(f'{folder} exists and is not empty')
+  values = hf_config.write(config) | dict(extra or {})
+  mapping = mapping_lib.make_mapping(config)
+  exporter = _Exporter(mapping, variables, dtype)
+  if exporter.blocks is not None:
+    values['quantization_config'] = {
+      'quant_method': 'fp8',
+      'fmt': 'e4m3',
+      'activation_scheme': 'dynamic',
+      'weight_block_size': list(exporter.blocks),
+    }
+  values['torch_dtype'] = 'float32' if dtype == 'float32' else 'bfloat16'
+  if jax.process_index():
+    for _ in exporter.tensors():
+      pass  # Takes part in the gathers.
+    return
+  unfinished = folder.with_name(f'.{folder.name}.unfinished')
+  shutil.rmtree(unfinished, ignore_errors=True)
+  unfinished.mkdir(parents=True)
+  try:
+    files = safetensors.plan_files(exporter.plan(), shard_bytes)
+    writer = safetensors.Writer(unfinished, files)
+    writer.write(exporter.tensors())
+    writer.write_index()
+    text = json.dumps(values, indent=2, sort_keys=True) + '\n'
+    (unfinished / 'config.json').write_text(text)
+    finish(unfinished)
+    if folder.exists():
+      folder.rmdir()
+    unfinished.rename(folder)
+  except BaseException:
+    shutil.rmtree(unfinished, ignore_errors=True)
+    raise
+
+
+class _Exporter:
+  """Puts a checkpoint's tensors together, one at a time."""
+
+  def __init__(self, mapping, variables, dtype):
+    self._variables, self._dtype = variables, dtype
+    self._parts = collections.defaultdict(list)
+    for leaf in mapping.leaves:
+      for index, source in leaf.sources.items():
+        self._parts[source.name].append((leaf, index, source))
+    self._copies = mapping.copies
+    self._names = [*self._parts, *mapping.copies]
+
+  @property
+  def blocks(self) -> fp8.Blocks | None:
+    """Of the FP8 tensors, None if there are none."""
+    leaves = jax.tree.leaves(self._variables, is_leaf=fp8.is_quantized)
+    kept = {leaf.blocks for leaf in leaves if fp8.is_quantized(leaf)}
+    if kept:
+      return kept.pop()
+    return _DEFAULT_BLOCKS if self._dtype == 'fp8' else None
+
+  def plan(self) -> Iterator[safetensors.Planned]:
+    for name in self._names:
+      source = self._parts[self._origin(name)][0][2]
+      dtype = self._dtype_of(name)
+      yield safetensors.Planned(name, dtype, source.shape)
+      if dtype == fp8.E4M3:
+        shape = fp8.scale_shape(source.shape, self.blocks)
+        yield safetensors.Planned(name + _SCALE, np.dtype(np.float32), shape)
+
+  def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+    for name in self._names:
+      parts = self._parts[self._origin(name)]
+      leaf, index, source = parts[0]
+      kept = _at(self._variables, leaf.path)
+      if fp8.is_quantized(kept):
+        yield name, self._assemble(parts, lambda x: x.q)
+        yield name + _SCALE, _fetch(kept.scale, index)
+      elif self._dtype_of(name) == fp8.E4M3:
+        whole = self._assemble(parts, lambda x: x)
+        q, scale = fp8.quantize(whole, self.blocks)
+        yield name, q
+        yield name + _SCALE, scale
+      else:
+        whole = self._assemble(parts, lambda x: x)
+        yield name, whole.astype(self._dtype_of(name))
+
+  def _origin(self, name):
+    return self._copies.get(name, name)
+
+  def _dtype_of(self, name) -> np.dtype:
+    leaf, _, source = self._parts[self._origin(name)][0]
+    if leaf.path[0] == 'router':
+      return np.dtype(np.float32)
+    if fp8.is_quantized(_at(self._variables, leaf.path)):
+      return fp8.E4M3
+    is_matrix = source.num_rows < len(source.view)
+    stem = name.removesuffix('.weight')
+    if self._dtype == 'fp8' and is_matrix and not stem.endswith(_NOT_FP8):
+      if name not in self._copies:
+        return fp8.E4M3
+    wide = self._dtype == 'float32'
+    return PARAM_DTYPES['float32' if wide else 'bfloat16']
+
+  def _assemble(self, parts, pick) -> np.ndarray:
+    """The tensor of all slices that are windows of it."""
+    whole = None
+    for leaf, index, source in parts:
+      array = _fetch(pick(_at(self._variables, leaf.path)), index)
+      array = array.transpose(np.argsort(source.axes))
+      if len(parts) == 1:
+        return np.ascontiguousarray(array).reshape(source.shape)
+      if whole is None:
+        whole = np.empty(source.view, array.dtype)
+      whole[source.window] = array
+    return whole.reshape(parts[0][2].shape)
+
+
+_pick = jax.jit(lambda x, index: x[index])
+
+
+def _fetch(x: jax.Array, index: tuple[int, ...]) -> np.ndarray:
+  """A slice of an array on this host, wherever its shards are."""
+  if index:
+    x = _pick(x, tuple(np.int32(i) for i in index))
+  if isinstance(x, jax.Array) and not x.is_fully_addressable:
+    return multihost_utils.process_allgather(x, tiled=True)
+  return np.asarray(x)

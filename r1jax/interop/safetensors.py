@@ -1,0 +1,313 @@
+"""Reads and writes safetensors files, one slice at a time.
+
+The file: 8 bytes with the length of a JSON header, the header (for each tensor
+its dtype, shape and where its bytes lie), then the bytes. Files are mapped,
+not read: what is never sliced is never touched, and what was sliced is let go
+of at once, so that a checkpoint of any size costs no memory.
+
+Source: the format's own description, huggingface/safetensors.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import mmap
+import pathlib
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+from r1jax import config as config_lib
+
+DTYPES = {
+  'F32': np.dtype(np.float32),
+  'F16': np.dtype(np.float16),
+  'BF16': np.dtype(ml_dtypes.bfloat16),
+  'F8_E4M3': np.dtype(ml_dtypes.float8_e4m3fn),
+  'F8_E8M0': np.dtype(ml_dtypes.float8_e8m0fnu),
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+INDEX = 'model.safetensors.index.json'
+_SINGLE = 'model.safetensors'
+_LARGEST_HEADER = 100 << 20  # Bytes, the format's own limit.
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """Where a tensor lies.
+
+  Attributes:
+    file: Its file.
+    dtype: Of its numbers.
+    shape: Its shape.
+    start: First byte of its numbers in the file.
+  """
+
+  file: pathlib.Path
+  dtype: np.dtype
+  shape: tuple[int, ...]
+  start: int
+
+  @property
+  def num_bytes(self) -> int:
+    return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Reader:
+  """All tensors of a folder's safetensors files.
+
+  Attributes:
+    entries: By name.
+    bytes_read: Of the slices that were taken.
+  """
+
+  def __init__(self, folder: pathlib.Path):
+    """Reads the headers.
+
+    Raises:
+      UserError: No weights, a file that the index names and nobody has, one
+        that is cut short or no safetensors file, a tensor in two files, or
+        an index that is wrong about a tensor.
+    """
+    self.entries: dict[str, Entry] = {}
+    self.bytes_read = 0
+    self._maps: dict[pathlib.Path, mmap.mmap] = {}
+    index = _read_index(folder)
+    for file in _files(folder, index):
+      for name, entry in _read_header(file):
+        if name in self.entries:
+          raise config_lib.UserError(
+            f'tensor {name} is both in {self.entries[name].file.name} and in '
+            f'{file.name} of {folder}'
+          )
+        self.entries[name] = entry
+    for name, file in index.items():
+      entry = self.entries.get(name)
+      if entry is None or entry.file.name != file:
+        raise config_lib.UserError(
+          f'{folder / INDEX} says that {name} is in {file}, it is '
+          f'{"nowhere" if entry is None else "in " + entry.file.name}'
+        )
+
+  def read(
+    self,
+    name: str,
+    view: tuple[int, ...] | None = None,
+    window: tuple[slice, ...] | None = None,
+  ) -> np.ndarray:
+    """Copies a slice of a tensor.
+
+    Args:
+      name: Of the tensor.
+      view: Shape to see it in first; its own if None.
+      window: Slices of that shape's axes; all of it if None.
+    """
+    entry = self.entries[name]
+    mapped = self._map(entry.file)
+    whole = np.frombuffer(
+      mapped, entry.dtype, math.prod(entry.shape), entry.start
+    ).reshape(view or entry.shape)
+    out = np.array(whole[window] if window is not None else whole, order='C')
+    self.bytes_read += out.nbytes
+    del whole
+    _let_go(mapped, entry)
+    return out
+
+  def close(self) -> None:
+    for mapped in self._maps.values():
+      mapped.close()
+    self._maps.clear()
+
+  def _map(self, file: pathlib.Path) -> mmap.mmap:
+    if file not in self._maps:
+      with file.open('rb') as f:
+        self._maps[file] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+    return self._maps[file]
+
+
+def _let_go(mapped: mmap.mmap, entry: Entry) -> None:
+  """Gives a tensor's pages back, so that they do not count as ours."""
+  first = entry.start - entry.start % mmap.PAGESIZE
+  if hasattr(mmap, 'MADV_DONTNEED') and entry.num_bytes:
+    mapped.madvise(
+      mmap.MADV_DONTNEED, first, entry.start + entry.num_bytes - first
+    )
+
+
+def _read_index(folder: pathlib.Path) -> dict[str, str]:
+  """File of each tensor, if the folder has an index."""
+  path = folder / INDEX
+  if not path.exists():
+    return {}
+  try:
+    return dict(json.loads(path.read_text())['weight_map'])
+  except (json.JSONDecodeError, KeyError, TypeError, ValueError) as e:
+    raise config_lib.UserError(f'{path} is no safetensors index: {e}') from e
+
+
+def _files(folder: pathlib.Path, index: Mapping[str, str]) -> list[pathlib.Path]:
+  if not folder.is_dir():
+    raise config_lib.UserError(f'{folder} is no folder')
+  if index:
+    files = [folder / name for name in sorted(set(index.values()))]
+    for file in files:
+      if not file.exists():
+        raise config_lib.UserError(
+          f'{folder / INDEX} names {file.name}, which does not exist'
+        )
+    return files
+  files = sorted(folder.glob('*.safetensors'))
+  if not files:
+    raise config_lib.UserError(f'{folder} holds no safetensors file')
+  return files
+
+
+def _read_header(file: pathlib.Path) -> Iterator[tuple[str, Entry]]:
+  """Yields the tensors of a file whose size is what its header says."""
+  size = file.stat().st_size
+  with file.open('rb') as f:
+    head = f.read(8)
+    (length,) = struct.unpack('<Q', head) if len(head) == 8 else (0,)
+    if not 2 <= length <= min(_LARGEST_HEADER, max(size - 8, 0)):
+      raise config_lib.UserError(
+        f'{file} is cut short or no safetensors file: {size} bytes with a '
+        f'header of {length}'
+      )
+    try:
+      header = json.loads(f.read(length))
+    except ValueError as e:
+      raise config_lib.UserError(
+        f'{file} is no safetensors file: its header is no JSON'
+      ) from e
+  header.pop('__metadata__', None)
+  for name, fields in header.items():
+    if fields['dtype'] not in DTYPES:
+      raise config_lib.UserError(
+        f'tensor {name} of {file} has dtype {fields["dtype"]}, known are '
+        f'{", ".join(DTYPES)}'
+      )
+    start, end = fields['data_offsets']
+    entry = Entry(
+      file=file,
+      dtype=DTYPES[fields['dtype']],
+      shape=tuple(fields['shape']),
+      start=8 + length + start,
+    )
+    if end - start != entry.num_bytes:
+      raise config_lib.UserError(
+        f'tensor {name} of {file}: {end - start} bytes are no '
+        f'{fields["dtype"]} {list(entry.shape)}'
+      )
+    if entry.start + entry.num_bytes > size:
+      raise config_lib.UserError(
+        f'{file} is cut short: {size} bytes, tensor {name} ends at '
+        f'{entry.start + entry.num_bytes}'
+      )
+    yield name, entry
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+  """A tensor that is to be written."""
+
+  name: str
+  dtype: np.dtype
+  shape: tuple[int, ...]
+
+  @property
+  def num_bytes(self) -> int:
+    return math.prod(self.shape) * self.dtype.itemsize
+
+
+def plan_files(
+  tensors: Iterable[Planned], shard_bytes: int
+) -> dict[str, list[Planned]]:
+  """Spreads tensors over files of at most so many bytes, by file name.
+
+  A tensor that is larger has a file of its own.
+  """
+  shards: list[list[Planned]] = []
+  room = 0
+  for tensor in tensors:
+    if not shards or tensor.num_bytes > room:
+      shards.append([])
+      room = shard_bytes
+    shards[-1].append(tensor)
+    room -= tensor.num_bytes
+  if len(shards) == 1:
+    return {_SINGLE: shards[0]}
+  total = len(shards)
+  return {
+    f'model-{i:05}-of-{total:05}.safetensors': shard
+    for i, shard in enumerate(shards, 1)
+  }
+
+
+class Writer:
+  """Writes planned tensors in order, one at a time; one file is open."""
+
+  def __init__(self, folder: pathlib.Path, files: dict[str, list[Planned]]):
+    self._folder, self._files = folder, files
+
+  def write(self, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Takes (name, numbers) in the order of the plan.
+
+    Raises:
+      ValueError: Another name, dtype or shape than planned.
+    """
+    tensors = iter(tensors)
+    for file_name, planned in self._files.items():
+      with (self._folder / file_name).open('wb') as f:
+        f.write(_header(planned))
+        for expected in planned:
+          _write_tensor(f, expected, *next(tensors))
+
+  def write_index(self) -> None:
+    """Writes the index, which a single file does not have."""
+    if len(self._files) == 1:
+      return
+    index = {
+      'metadata': {
+        'total_size': sum(
+          t.num_bytes for planned in self._files.values() for t in planned
+        )
+      },
+      'weight_map': {
+        t.name: file for file, planned in self._files.items() for t in planned
+      },
+    }
+    (self._folder / INDEX).write_text(json.dumps(index, indent=2) + '\n')
+
+
+def _header(planned: list[Planned]) -> bytes:
+  header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
+  end = 0
+  for tensor in planned:
+    start, end = end, end + tensor.num_bytes
+    header[tensor.name] = {
+      'dtype': _NAMES[tensor.dtype],
+      'shape': list(tensor.shape),
+      'data_offsets': [start, end],
+    }
+  raw = json.dumps(header, separators=(',', ':')).encode()
+  raw += b' ' * (-len(raw) % 8)  # Numbers begin at a multiple of 8.
+  return struct.pack('<Q', len(raw)) + raw
+
+
+def _write_tensor(
+  f: BinaryIO, expected: Planned, name: str, array: np.ndarray
+) -> None:
+  given = Planned(name, array.dtype, array.shape)
+  if given != expected:
+    raise ValueError(f'{given} is written where {expected} was planned')
+  f.write(np.ascontiguousarray(array).view(np.uint8).data)
+
+
+def closing(folder: pathlib.Path) -> contextlib.closing[Reader]:
+  """A Reader that is closed at the end of a `with`."""
+  return contextlib.closing(Reader(folder))

@@ -1,0 +1,80 @@
+"""What all kinds of attention share: masks, and softmax over the allowed keys."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+  """What every block of a call shares.
+
+  Attributes:
+    cos_sin: Rotation of the query positions, [B, T, R / 2] each.
+    mask_BTS: Which keys each query may see.
+    keep_BT: True on real tokens.
+  """
+
+  cos_sin: tuple[jax.Array, jax.Array]
+  mask_BTS: jax.Array
+  keep_BT: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+  """How every block of a call runs; decided when it is traced.
+
+  Attributes:
+    decode: Attend to everything in the cache, else to this call's tokens.
+    indexer_loss: Return what sparse attention's indexers have to learn.
+  """
+
+  decode: bool = False
+  indexer_loss: bool = False
+
+
+def attention_mask(
+  segment_BT: jax.Array,
+  position_BT: jax.Array,
+  segment_BS: jax.Array,
+  position_BS: jax.Array,
+) -> jax.Array:
+  """True where a query may see a key: same document, not later. [B, T, S]."""
+  same_BTS = segment_BT[:, :, None] == segment_BS[:, None, :]
+  same_BTS &= segment_BS[:, None, :] > 0
+  return same_BTS & (position_BS[:, None, :] <= position_BT[:, :, None])
+
+
+def attend(
+  score_BHTS: jax.Array, mask_BTS: jax.Array, value: jax.Array, einsum: str
+) -> jax.Array:
+  """Softmax over the allowed keys in float32, then the weighted sum of values.
+
+  Divides after the sum, where there is less to divide. A query without any
+  allowed key (padding) gets the mean of the values: finite, and used nowhere.
+
+  Args:
+    score_BHTS: Scaled scores.
+    mask_BTS: True where a query may see a key.
+    value: Values, heads or no heads.
+    einsum: How 'BHTS' meets them; the result begins with B, T, H.
+  """
+  score_BHTS = jnp.where(mask_BTS[:, None], score_BHTS, -1e30)
+  top_BHT1 = jax.lax.stop_gradient(score_BHTS.max(-1, keepdims=True))
+  weight_BHTS = jnp.exp(score_BHTS - top_BHT1)
+  total_BTH = weight_BHTS.sum(-1).swapaxes(1, 2)
+  out = jnp.einsum(
+    einsum,
+    weight_BHTS.astype(value.dtype),
+    value,
+    preferred_element_type=jnp.float32,
+  )
+  return (out / total_BTH[..., None]).astype(value.dtype)
+
+
+def mean_probability(score_BHTS: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+  """Attention probabilities, averaged over the heads, [B, T, S]; no gradient."""
+  score_BHTS = jnp.where(mask_BTS[:, None], score_BHTS, -1e30)
+  return jax.lax.stop_gradient(jax.nn.softmax(score_BHTS, axis=-1)).mean(1)
