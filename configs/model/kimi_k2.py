@@ -17,7 +17,5 @@ def get_config() -> ml_collections.ConfigDict:
   config.attention.num_heads = 64
   config.attention.rope.theta = 50000.0
   config.attention.rope.scaling.factor = 32.0
-  config.moe.update(
-    num_experts=384, num_groups=1, top_groups=1, scale=2.827
-  )
+  config.moe.update(num_experts=384, num_groups=1, top_groups=1, scale=2.827)
   return config

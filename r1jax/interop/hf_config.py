@@ -88,21 +88,25 @@ def write(config: model_config.ModelConfig) -> dict[str, Any]:
       f'{config.moe and config_lib.to_dict(config.moe)}'
     )
   attention = config.attention
-  return {
-    'architectures': [family.architecture],
-    'model_type': kind,
-    'vocab_size': config.vocab_size,
-    'hidden_size': config.embed_dim,
-    'num_hidden_layers': config.num_layers,
-    'num_attention_heads': attention.num_heads,
-    'hidden_act': 'silu',
-    'rms_norm_eps': config.norm_eps,
-    'initializer_range': config.init_std,
-    'max_position_embeddings': config.max_length,
-    'tie_word_embeddings': config.tie_embeddings,
-    'attention_dropout': 0.0,
-    'use_cache': True,
-  } | family.write(config) | _write_rope(attention.rope)
+  return (
+    {
+      'architectures': [family.architecture],
+      'model_type': kind,
+      'vocab_size': config.vocab_size,
+      'hidden_size': config.embed_dim,
+      'num_hidden_layers': config.num_layers,
+      'num_attention_heads': attention.num_heads,
+      'hidden_act': 'silu',
+      'rms_norm_eps': config.norm_eps,
+      'initializer_range': config.init_std,
+      'max_position_embeddings': config.max_length,
+      'tie_word_embeddings': config.tie_embeddings,
+      'attention_dropout': 0.0,
+      'use_cache': True,
+    }
+    | family.write(config)
+    | _write_rope(attention.rope)
+  )
 
 
 # ---- DeepSeek -------------------------------------------------------------
@@ -446,9 +450,11 @@ _V3 = _Family(
   'DeepseekV3ForCausalLM',
   _read_deepseek_v3,
   _write_deepseek_v3,
-  lambda c: _is_mla(c, score='sigmoid')
-  and c.moe.group_score == 'top2'
-  and c.attention.indexer is None,
+  lambda c: (
+    _is_mla(c, score='sigmoid')
+    and c.moe.group_score == 'top2'
+    and c.attention.indexer is None
+  ),
 )
 _FAMILIES = {
   'deepseek_v3': _V3,  # And Moonlight.
@@ -456,21 +462,25 @@ _FAMILIES = {
     'DeepseekV32ForCausalLM',
     _read_deepseek_v32,
     _write_deepseek_v32,
-    lambda c: _is_mla(c, score='sigmoid')
-    and c.moe.group_score == 'top2'
-    and c.attention.rope.interleaved
-    and c.attention.indexer is not None,
+    lambda c: (
+      _is_mla(c, score='sigmoid')
+      and c.moe.group_score == 'top2'
+      and c.attention.rope.interleaved
+      and c.attention.indexer is not None
+    ),
   ),
   'deepseek_v2': _Family(
     'DeepseekV2ForCausalLM',
     _read_deepseek_v2,
     _write_deepseek_v2,
-    lambda c: _is_mla(c, score='softmax')
-    and not c.moe.normalize
-    and (c.moe.num_groups == 1 or c.moe.group_score == 'max')
-    and not c.mtp_depth
-    and c.attention.rope.interleaved
-    and c.attention.indexer is None,
+    lambda c: (
+      _is_mla(c, score='softmax')
+      and not c.moe.normalize
+      and (c.moe.num_groups == 1 or c.moe.group_score == 'max')
+      and not c.mtp_depth
+      and c.attention.rope.interleaved
+      and c.attention.indexer is None
+    ),
   ),
   'kimi_k2': _V3,
   'qwen2': _Family(
@@ -489,12 +499,14 @@ _FAMILIES = {
     'Qwen3MoeForCausalLM',
     _read_qwen3_moe,
     _write_qwen3_moe,
-    lambda c: _is_gqa(c, bias=False, norm=True, moe=True)
-    and c.moe.score == 'softmax'
-    and not c.moe.has_bias
-    and not c.moe.num_shared
-    and c.moe.num_groups == 1
-    and c.moe.scale == 1,
+    lambda c: (
+      _is_gqa(c, bias=False, norm=True, moe=True)
+      and c.moe.score == 'softmax'
+      and not c.moe.has_bias
+      and not c.moe.num_shared
+      and c.moe.num_groups == 1
+      and c.moe.scale == 1
+    ),
   ),
   'llama': _Family(
     'LlamaForCausalLM',

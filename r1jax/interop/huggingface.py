@@ -174,9 +174,7 @@ class _Loader:
 
   def load(self, leaf, target) -> Any:
     """The leaf as a jax.Array, or as fp8.Quantized."""
-    dtypes = {
-      self._reader.entries[s.name].dtype for s in leaf.sources.values()
-    }
+    dtypes = {self._reader.entries[s.name].dtype for s in leaf.sources.values()}
     if self._keep_fp8 and dtypes == {fp8.E4M3}:
       return self._load_quantized(leaf, target)
     dtype = np.dtype(np.float32) if leaf.path[0] == 'router' else self._dtype
@@ -290,9 +288,7 @@ def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
 def _shardings(
   config: model_config.ModelConfig, mesh: jax.sharding.Mesh | None
 ) -> Any:
-  boxed = jax.eval_shape(
-    lambda: transformer.init(config, jax.random.key(0))
-  )
+  boxed = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
   if mesh is not None:
     return sharding.tree_shardings(mesh, boxed)
   one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -310,7 +306,7 @@ def _check_copies(mapping, reader) -> None:
         reader.read(copy, window=window), reader.read(name, window=window)
       ):
         raise config_lib.UserError(
-          f'{copy} is not equal to {name}: MTP shares the model\'s own here'
+          f"{copy} is not equal to {name}: MTP shares the model's own here"
         )
 
 

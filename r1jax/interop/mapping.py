@@ -84,9 +84,9 @@ class Mapping:
 
   def names(self) -> set[str]:
     """Every tensor of the checkpoint, scales of FP8 weights aside."""
-    return {s.name for leaf in self.leaves for s in leaf.sources.values()} | set(
-      self.copies
-    )
+    return {
+      s.name for leaf in self.leaves for s in leaf.sources.values()
+    } | set(self.copies)
 
 
 def make_mapping(config: model_config.ModelConfig) -> Mapping:
@@ -131,12 +131,11 @@ def _mtp(
     _single((*path, 'embed_norm', 'scale'), _vector(f'{at}.enorm.weight', D)),
     _single((*path, 'hidden_norm', 'scale'), _vector(f'{at}.hnorm.weight', D)),
     _single(
-      (*path, 'final_norm', 'scale'), _vector(f'{at}.shared_head.norm.weight', D)
+      (*path, 'final_norm', 'scale'),
+      _vector(f'{at}.shared_head.norm.weight', D),
     ),
   ]
-  leaves += _block(
-    config, (f'mtp_{k}', 'block'), config.moe is not None, layer
-  )
+  leaves += _block(config, (f'mtp_{k}', 'block'), config.moe is not None, layer)
   embedding = 'model.embed_tokens.weight'
   head = embedding if config.tie_embeddings else 'lm_head.weight'
   copies = {

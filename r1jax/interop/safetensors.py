@@ -150,7 +150,9 @@ def _read_index(folder: pathlib.Path) -> dict[str, str]:
     raise config_lib.UserError(f'{path} is no safetensors index: {e}') from e
 
 
-def _files(folder: pathlib.Path, index: Mapping[str, str]) -> list[pathlib.Path]:
+def _files(
+  folder: pathlib.Path, index: Mapping[str, str]
+) -> list[pathlib.Path]:
   if not folder.is_dir():
     raise config_lib.UserError(f'{folder} is no folder')
   if index:

@@ -1,4 +1,4 @@
-"""What all kinds of attention share: masks, and softmax over the allowed keys."""
+"""What all kinds of attention share: context, masks, softmax over keys."""
 
 import dataclasses
 
@@ -75,6 +75,6 @@ def attend(
 
 
 def mean_probability(score_BHTS: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-  """Attention probabilities, averaged over the heads, [B, T, S]; no gradient."""
+  """Mean of the heads' attention, a constant, [B, T, S]."""
   score_BHTS = jnp.where(mask_BTS[:, None], score_BHTS, -1e30)
   return jax.lax.stop_gradient(jax.nn.softmax(score_BHTS, axis=-1)).mean(1)

@@ -133,16 +133,12 @@ class Mla(nn.Module):
             index_BTS,
             mask_BTS,
           )
-      o_BTHU = attention.attend(
-        score_BHTS, mask_BTS, v_BSHU, 'BHTS,BSHU->BTHU'
-      )
+      o_BTHU = attention.attend(score_BHTS, mask_BTS, v_BSHU, 'BHTS,BSHU->BTHU')
     out_BTD = jnp.einsum('BTHU,HUD->BTD', o_BTHU, cast(out_HUD))
     return out_BTD, cache, learned_BT
 
 
-def scores(
-  q_BTHQ: jax.Array, k_BSHQ: jax.Array, *, scale: float
-) -> jax.Array:
+def scores(q_BTHQ: jax.Array, k_BSHQ: jax.Array, *, scale: float) -> jax.Array:
   """Scaled scores of multi-head attention, float32 [B, H, T, S]."""
   return jnp.einsum(
     'BTHQ,BSHQ->BHTS',

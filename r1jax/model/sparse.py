@@ -75,7 +75,9 @@ class Indexer(nn.Module):
     key_DI = param('key', (D, dim), ('embed', None))
     weight_DJ = param('weight', (D, J), ('embed', 'heads'))
 
-    q_BTJI = jnp.einsum('BTA,AJI->BTJI', latent_BTA, q_up_AJI.astype(self.dtype))
+    q_BTJI = jnp.einsum(
+      'BTA,AJI->BTJI', latent_BTA, q_up_AJI.astype(self.dtype)
+    )
     k_BTI = layers.LayerNorm(_KEY_NORM_EPS, self.dtype, name='key_norm')(
       jnp.einsum('BTD,DI->BTI', x_BTD, key_DI.astype(self.dtype))
     )

@@ -45,3 +45,46 @@ def test_attention_and_yarn_rules():
     dataclasses.replace(tiny.config().attention, rope_head_dim=7)
   with pytest.raises(ValueError, match='factor=0.5'):
     model_config.YarnConfig(factor=0.5, original_length=4096)
+
+
+_ROPE = model_config.RopeConfig(theta=1e4, interleaved=False)
+
+
+@pytest.mark.parametrize(
+  ('make', 'message'),
+  [
+    (
+      lambda: model_config.GqaConfig(4, 3, 8, _ROPE),
+      'num_kv_heads=3 must divide num_heads=4',
+    ),
+    (lambda: model_config.GqaConfig(4, 2, 7, _ROPE), 'head_dim=7 must be even'),
+    (lambda: model_config.IndexerConfig(2, 8, 0), 'top_k=0 must be at least 1'),
+    (
+      lambda: model_config.Llama3RopeConfig(8.0, 4.0, 1.0, 8192),
+      'low_freq_factor=4.0 must be positive and less than high_freq_factor=1.0',
+    ),
+    (
+      lambda: dataclasses.replace(
+        tiny.config().attention,
+        q_lora_rank=None,
+        indexer=model_config.IndexerConfig(2, 8, 4),
+      ),
+      'q_lora_rank=None: the indexer needs the query latent',
+    ),
+    (
+      lambda: dataclasses.replace(
+        tiny.config().attention, indexer=model_config.IndexerConfig(2, 4, 4)
+      ),
+      'indexer.head_dim=4 must be at least rope_head_dim=8',
+    ),
+  ],
+)
+def test_rules_of_the_other_families(make, message):
+  with pytest.raises(ValueError, match=message):
+    make()
+
+
+def test_yarn_without_both_mscales_scales_the_rotation_not_the_softmax():
+  yarn = model_config.YarnConfig(4.0, 32, mscale=0.0, mscale_all_dim=0.0)
+  assert yarn.rotation_factor == model_config.yarn_mscale(4.0, 1.0) > 1.1
+  assert yarn.softmax_factor == 1.0

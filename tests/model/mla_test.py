@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from r1jax.model import mla
+from r1jax.model import attention, mla
 from tests import quick
 
 
@@ -14,7 +14,7 @@ def _softmax(x):
 def test_mask_is_same_document_and_not_later():
   segment_BT = np.array([[1, 1, 2, 2, 0]])
   position_BT = np.array([[0, 1, 0, 1, 0]])
-  mask_BTS = mla.attention_mask(
+  mask_BTS = attention.attention_mask(
     segment_BT, position_BT, segment_BT, position_BT
   )
   expected = [
@@ -47,9 +47,11 @@ def test_expanded_and_absorbed_cores_are_the_loop():
   )
   v_BSHU = np.einsum('BSC,CHU->BSHU', latent, v_up)
   q_BTHQ = np.concatenate([q_nope, q_rope], axis=-1)
-  expanded = quick.jit(lambda *xs: mla.expanded(*xs, scale=scale))(
-    q_BTHQ, k_BSHQ, v_BSHU, mask_BTS
-  )
+  expanded = quick.jit(
+    lambda q, k, v, mask: attention.attend(
+      mla.scores(q, k, scale=scale), mask, v, 'BHTS,BSHU->BTHU'
+    )
+  )(q_BTHQ, k_BSHQ, v_BSHU, mask_BTS)
   q_BTHC = np.concatenate(
     [np.einsum('BTHN,CHN->BTHC', q_nope, k_up), q_rope], axis=-1
   )

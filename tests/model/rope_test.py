@@ -12,7 +12,7 @@ def _yarn_v3(mscale=1.0):
   return model_config.RopeConfig(
     theta=10000.0,
     interleaved=True,
-    yarn=model_config.YarnConfig(
+    scaling=model_config.YarnConfig(
       factor=40.0,
       original_length=4096,
       mscale=mscale,

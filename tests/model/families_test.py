@@ -1,32 +1,65 @@
-"""It is DeepSeek-V3: transformers' logits, and the released size."""
+"""One code path for all families: transformers' logits, and released sizes."""
 
 import dataclasses
 import functools
+import importlib
 import math
 
 import jax
 import numpy as np
 import pytest
 
-from configs.model import deepseek_v3_671b
 from r1jax import config as config_lib
+from r1jax.interop import huggingface
 from r1jax.model import config as model_config
 from r1jax.model import transformer
 from r1jax.parallel import sharding
-from tests import quick
-from tests.model import hf_loader
+from tests import known_answers, quick
 
 # transformers' own prefill and decode differ by 6e-6 (float32, logits to 3.5).
 _ATOL = 2e-5
-_MODELS = ('deepseek_v3', 'deepseek_v3_yarn')
+MODELS = (
+  'deepseek_v2_group',
+  'deepseek_v2_lite_yarn',
+  'deepseek_v3',
+  'deepseek_v32',
+  'deepseek_v32_dense',
+  'deepseek_v3_yarn',
+  'llama3',
+  'qwen2',
+  'qwen3',
+  'qwen3_moe',
+)
+_SIZES = {
+  ('deepseek_v2', 'lite'): 15_706_484_224,
+  ('deepseek_v2', '236b'): 235_741_434_880,
+  ('deepseek_v3_671b',): 671_026_419_200,
+  ('deepseek_v32',): 671_877_944_064,
+  ('moonlight_16b_a3b',): 15_960_110_208,
+  ('kimi_k2',): 1_026_408_232_448,
+  ('qwen2_5', '0.5b'): 494_032_768,
+  ('qwen2_5', '1.5b'): 1_543_714_304,
+  ('qwen2_5', '7b'): 7_615_616_512,
+  ('qwen2_5', '14b'): 14_770_033_664,
+  ('qwen2_5', '32b'): 32_763_876_352,
+  ('qwen3', '0.6b'): 596_049_920,
+  ('qwen3', '1.7b'): 1_720_574_976,
+  ('qwen3', '4b'): 4_022_468_096,
+  ('qwen3', '8b'): 8_190_735_360,
+  ('qwen3', '14b'): 14_768_307_200,
+  ('qwen3', '32b'): 32_762_123_264,
+  ('qwen3', '30b-a3b'): 30_532_122_624,
+  ('qwen3', '235b-a22b'): 235_093_634_560,
+  ('llama3', '8b'): 8_030_261_248,
+  ('llama3', '70b'): 70_553_706_496,
+}
 
 
 @functools.cache
 def _load(name):
-  config = hf_loader.load_config(name)
-  io = np.load(hf_loader.MODELS / name / 'io.npz')
-  variables = hf_loader.load_variables(name, config)
-  return config, variables, {k: io[k] for k in io}
+  folder = known_answers.DATA / 'hf_models' / name
+  io = np.load(folder / 'io.npz')
+  return *huggingface.load(folder), {k: io[k] for k in io}
 
 
 @functools.partial(quick.jit, static_argnames=('config', 'decode'))
@@ -46,17 +79,7 @@ def _positions(start, end):
   )
 
 
-@pytest.mark.parametrize('name', _MODELS)
-def test_loaded_weights_are_all_the_model_has(name):
-  config, variables, _ = _load(name)
-  shapes = sharding.unbox(
-    jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
-  )
-  expected = jax.tree.map(lambda x: x.shape, shapes)
-  assert jax.tree.map(lambda x: x.shape, variables) == expected
-
-
-@pytest.mark.parametrize('name', _MODELS)
+@pytest.mark.parametrize('name', MODELS)
 def test_logits_are_those_of_transformers(name):
   config, variables, io = _load(name)
 
@@ -70,7 +93,7 @@ def test_logits_are_those_of_transformers(name):
   np.testing.assert_allclose(logits_BTV, io['logits'], rtol=0, atol=_ATOL)
 
 
-@pytest.mark.parametrize('name', _MODELS)
+@pytest.mark.parametrize('name', MODELS)
 def test_prefill_and_decode_are_one_forward(name):
   config, variables, io = _load(name)
   tokens_BT = io['input_ids'].astype(np.int32)
@@ -97,9 +120,10 @@ def test_prefill_and_decode_are_one_forward(name):
   )
 
 
-def _released(**changes):
+def _config(name, *size, **changes):
+  module = importlib.import_module(f'configs.model.{name}')
   config = config_lib.from_dict(
-    model_config.ModelConfig, deepseek_v3_671b.get_config().to_dict()
+    model_config.ModelConfig, module.get_config(*size).to_dict()
   )
   return dataclasses.replace(config, **changes)
 
@@ -112,15 +136,25 @@ def _sizes(config):
   return count(shapes['params']), count(shapes['router'])
 
 
-def test_released_size_is_671_026_419_200():
-  params, biases = _sizes(_released(mtp_depth=0))
-  assert params == 671_026_404_352
-  assert params + biases == 671_026_419_200
+@pytest.mark.parametrize('of', _SIZES, ids='-'.join)
+def test_released_size(of):
+  assert sum(_sizes(_config(*of, mtp_depth=0))) == _SIZES[of]
+
+
+def test_router_biases_are_counted_apart():
+  params, biases = _sizes(_config('deepseek_v3_671b', mtp_depth=0))
+  assert (params, biases) == (671_026_404_352, 58 * 256)
+
+
+@pytest.mark.parametrize('name', ['deepseek_v2', 'qwen2_5', 'qwen3', 'llama3'])
+def test_an_unknown_size_lists_the_known(name):
+  with pytest.raises(ValueError, match="size='9t', it must be"):
+    _config(name, '9t')
 
 
 def test_mtp_module_is_one_moe_block_a_projection_and_three_norms():
-  without, _ = _sizes(_released(mtp_depth=0))
-  with_mtp, _ = _sizes(_released(mtp_depth=1))
+  without, _ = _sizes(_config('deepseek_v3_671b', mtp_depth=0))
+  with_mtp, _ = _sizes(_config('deepseek_v3_671b', mtp_depth=1))
   D, A, C, R, H, E, F = 7168, 1536, 512, 64, 128, 256, 2048
   attention = D * A + A + A * H * 192 + D * (C + R) + C + C * H * 256
   attention += H * 128 * D
