@@ -61,7 +61,9 @@ def read(values: Values, **changes: Any) -> model_config.ModelConfig:
       'max_length': values['max_position_embeddings'],
     }
     fields |= _FAMILIES[kind].read(values)
-    return model_config.ModelConfig(**(fields | changes))
+    # As from a config file, so that every value's type is checked.
+    plain = config_lib.to_dict(fields | changes)
+    return config_lib.from_dict(model_config.ModelConfig, plain, 'config.json')
   except config_lib.UserError:
     raise
   except KeyError as e:

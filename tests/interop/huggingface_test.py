@@ -1,0 +1,396 @@
+"""Checkpoints of Hugging Face: in, out, and every way to be wrong."""
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from r1jax import config as config_lib
+from r1jax.interop import fp8, hf_config, huggingface, safetensors
+from r1jax.interop import mapping as mapping_lib
+from r1jax.model import config as model_config
+from r1jax.model import transformer
+from r1jax.parallel import mesh as mesh_lib
+from r1jax.parallel import sharding
+from tests import known_answers
+from tests.model import tiny
+from tests.model.families_test import MODELS
+
+_FOLDER = known_answers.DATA / 'hf_models'
+
+
+def _leaves(tree):
+  """(path, numpy) of each leaf."""
+  flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return {jax.tree_util.keystr(p): np.asarray(x) for p, x in flat}
+
+
+def _assert_same(a, b):
+  a, b = _leaves(a), _leaves(b)
+  assert a.keys() == b.keys()
+  for name, x in a.items():
+    assert x.dtype == b[name].dtype, name
+    assert x.tobytes() == b[name].tobytes(), name
+
+
+def _read_all(folder):
+  with safetensors.closing(folder) as reader:
+    return {name: reader.read(name) for name in reader.entries}
+
+
+# ---- Identity -------------------------------------------------------------
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('name', MODELS)
+def test_export_and_import_are_the_identity(tmp_path, name, dtype):
+  config, variables = huggingface.load(_FOLDER / name, param_dtype=dtype)
+  out = tmp_path / 'out'
+  huggingface.save(out, config, variables, dtype=dtype, shard_bytes=20_000)
+  assert (out / safetensors.INDEX).exists()
+  again, same = huggingface.load(out, param_dtype=dtype)
+  assert again == config
+  _assert_same(same, variables)
+  if dtype == 'float32':  # Name for name, as transformers wrote it.
+    theirs, ours = _read_all(_FOLDER / name), _read_all(out)
+    assert theirs.keys() == ours.keys()
+    for tensor, numbers in theirs.items():
+      assert numbers.tobytes() == ours[tensor].tobytes(), tensor
+
+
+def test_mtp_is_written_with_its_copies_and_read_back(tmp_path):
+  config = tiny.config(mtp_depth=2)
+  variables = tiny.variables(config)
+  huggingface.save(tmp_path / 'a', config, variables, dtype='float32')
+  tensors = _read_all(tmp_path / 'a')
+  head = tensors['lm_head.weight']
+  for layer in (3, 4):
+    at = f'model.layers.{layer}'
+    copy = tensors[f'{at}.shared_head.head.weight']
+    np.testing.assert_array_equal(copy, head)
+  again, same = huggingface.load(tmp_path / 'a')
+  assert again.mtp_depth == 2
+  _assert_same(same, variables)
+  without, rest = huggingface.load(tmp_path / 'a', mtp_depth=0)
+  assert without.mtp_depth == 0 and 'mtp_1' not in rest['params']
+
+
+def test_files_without_the_promised_mtp_are_loaded_and_it_is_said(tmp_path):
+  config = tiny.config()
+  huggingface.save(
+    tmp_path / 'a',
+    config,
+    tiny.variables(config),
+    extra={'num_nextn_predict_layers': 1},
+  )
+  said = []
+  loaded, _ = huggingface.load(tmp_path / 'a', say=said.append)
+  assert loaded.mtp_depth == 0
+  assert 'config.json has 1 MTP modules, the files have none' in said[0]
+
+
+def test_unrolled_layers_are_the_stack_cut_up(tmp_path):
+  config, variables = huggingface.load(_FOLDER / 'deepseek_v3')
+  flat, unrolled = huggingface.load(_FOLDER / 'deepseek_v3', scan_layers=False)
+  assert not flat.scan_layers
+  _assert_same(unrolled, transformer.unstack_layers(variables, config))
+
+
+# ---- FP8 ------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+  """Blocks of 8 x 8 and 6 x 8, so that a tiny model has many, some ragged."""
+  monkeypatch.setattr(huggingface, '_DEFAULT_BLOCKS', (6, 8))
+
+
+def test_fp8_keeps_every_byte_of_numbers_and_scales(tmp_path, small_blocks):
+  config = tiny.config(mtp_depth=1)
+  variables = tiny.variables(config)
+  huggingface.save(tmp_path / 'a', config, variables, dtype='fp8')
+  again, kept = huggingface.load(
+    tmp_path / 'a', keep_fp8=True, param_dtype='bfloat16'
+  )
+  is_kept = fp8.is_quantized
+  assert any(map(is_kept, jax.tree.leaves(kept, is_leaf=is_kept)))
+  huggingface.save(tmp_path / 'b', again, kept, dtype='bfloat16')
+  first, second = _read_all(tmp_path / 'a'), _read_all(tmp_path / 'b')
+  assert first.keys() == second.keys()
+  for name, numbers in first.items():
+    assert numbers.dtype == second[name].dtype, name
+    assert numbers.tobytes() == second[name].tobytes(), name
+  quantised = {n for n in first if first[n].dtype == fp8.E4M3}
+  assert {n for n in first if n.endswith('_scale_inv')} == {
+    n + '_scale_inv' for n in quantised
+  }
+  left = {n.split('.')[-2] for n in first if n.endswith('weight')} - {
+    n.split('.')[-2] for n in quantised
+  }
+  assert left == {
+    *('embed_tokens', 'lm_head', 'head', 'gate', 'eh_proj', 'norm'),
+    *('input_layernorm', 'post_attention_layernorm', 'enorm', 'hnorm'),
+    *('q_a_layernorm', 'kv_a_layernorm'),
+  }
+
+
+def test_fp8_is_dequantised_block_by_block(tmp_path, small_blocks):
+  config = tiny.config()
+  variables = tiny.variables(config)
+  huggingface.save(tmp_path / 'a', config, variables, dtype='fp8')
+  loaded, dense = huggingface.load(tmp_path / 'a')
+  tensors = _read_all(tmp_path / 'a')
+
+  def by_hand(name):
+    q, scale = tensors[name], tensors[f'{name}_scale_inv']
+    wide = np.repeat(np.repeat(scale, 6, 0), 8, 1)
+    return q.astype(np.float32) * wide[: q.shape[0], : q.shape[1]]
+
+  a = loaded.attention
+  attention = dense['params']['moe']['attention']
+  at = 'model.layers.2.self_attn'
+  kv_up = by_hand(f'{at}.kv_b_proj.weight').T.reshape(
+    a.kv_lora_rank, a.num_heads, -1
+  )
+  N = a.nope_head_dim
+  np.testing.assert_array_equal(attention['k_up'][1], kv_up[..., :N])
+  np.testing.assert_array_equal(attention['v_up'][1], kv_up[..., N:])
+  out = by_hand(f'{at}.o_proj.weight').T.reshape(attention['out'][1].shape)
+  np.testing.assert_array_equal(attention['out'][1], out)
+  expert = by_hand('model.layers.1.mlp.experts.5.down_proj.weight').T
+  np.testing.assert_array_equal(
+    dense['params']['moe']['moe']['down'][0, 5], expert
+  )
+
+
+# ---- Shards ---------------------------------------------------------------
+
+
+def test_variables_land_sharded_on_the_mesh():
+  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(data=2, fsdp=4))
+  _, sharded = huggingface.load(_FOLDER / 'deepseek_v3', mesh=mesh)
+  config, plain = huggingface.load(_FOLDER / 'deepseek_v3')
+  _assert_same(sharded, plain)
+  boxed = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
+  wanted = sharding.tree_shardings(mesh, boxed)
+  jax.tree.map(
+    lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or 1 / 0,
+    sharded,
+    wanted,
+  )
+  gate = sharded['params']['moe']['moe']['gate']
+  assert gate.addressable_shards[0].data.shape[2] == gate.shape[2] // 4
+
+
+def test_a_shard_costs_its_own_bytes():
+  config, plain = huggingface.load(_FOLDER / 'deepseek_v3')
+  leaf = next(
+    leaf
+    for leaf in mapping_lib.make_mapping(config).leaves
+    if leaf.path[-2:] == ('moe', 'gate')
+  )
+  with safetensors.closing(_FOLDER / 'deepseek_v3') as reader:
+    loader = huggingface._Loader(
+      reader, (128, 128), np.dtype(np.float32), keep_fp8=False
+    )
+    index = slice(1, 2), slice(2, 4), slice(0, 8), slice(0, 16)
+    out = np.empty((1, 2, 8, 16), np.float32)
+    loader._read_box(leaf, index, out)
+    assert reader.bytes_read == out.nbytes
+  np.testing.assert_array_equal(
+    out, plain['params']['moe']['moe']['gate'][index]
+  )
+
+
+def test_large_tensors_are_read_in_chunks(monkeypatch):
+  _, plain = huggingface.load(_FOLDER / 'qwen2')
+  monkeypatch.setattr(huggingface, '_CHUNK', 50)
+  _, chunked = huggingface.load(_FOLDER / 'qwen2')
+  _assert_same(chunked, plain)
+
+
+# ---- The real R1 ----------------------------------------------------------
+
+
+def _r1_entries():
+  rows = json.loads(
+    (known_answers.DATA / 'deepseek_r1_tensors.json').read_text()
+  )
+  entries = {}
+  for row in rows:
+    first, last = row.get('layers', (0, 0))
+    least, most = row.get('experts', (0, 0))
+    for layer in range(first, last + 1):
+      for expert in range(least, most + 1):
+        name = row['name'].format(layer=layer, expert=expert)
+        entries[name] = safetensors.Entry(
+          file=pathlib.Path('model.safetensors'),
+          dtype=safetensors.DTYPES[row['dtype']],
+          shape=tuple(row['shape']),
+          start=0,
+        )
+  return entries
+
+
+def test_the_released_r1_is_the_671b_config_tensor_for_tensor():
+  values = json.loads(
+    (known_answers.DATA / 'deepseek_r1_config.json').read_text()
+  )
+  config = hf_config.read(values)
+  from configs.model import deepseek_v3_671b
+
+  ours = config_lib.from_dict(
+    model_config.ModelConfig, deepseek_v3_671b.get_config().to_dict()
+  )
+  choices = {f: getattr(ours, f) for f in ('init_std', 'dtype', 'remat')}
+  moe = dataclasses.replace(
+    config.moe, implementation=ours.moe.implementation, block=ours.moe.block
+  )
+  assert dataclasses.replace(config, moe=moe, **choices) == ours
+
+  entries = _r1_entries()
+  assert len(entries) == 91_991
+  mapping = mapping_lib.make_mapping(config)
+  huggingface.check(
+    mapping, entries, (128, 128), pathlib.Path('r1'), config.num_layers
+  )
+  used = [s.name for leaf in mapping.leaves for s in leaf.sources.values()]
+  # k_up and v_up share a tensor; everything else is used once.
+  twice = {name for name in used if 'kv_b_proj' in name}
+  assert len(used) == len(set(used)) + len(twice)
+  scales = sum(name.endswith('_scale_inv') for name in entries)
+  assert len(mapping.names()) + scales == 91_991
+
+  shapes = sharding.unbox(
+    jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
+  )
+  flat, _ = jax.tree_util.tree_flatten_with_path(shapes)
+  tree = {tuple(k.key for k in path): x.shape for path, x in flat}
+  assert {leaf.path: leaf.shape for leaf in mapping.leaves} == tree
+  assert sum(map(math.prod, tree.values())) > 671_026_419_200
+
+
+# ---- Mistakes -------------------------------------------------------------
+
+
+@functools.cache
+def _small():
+  config = tiny.config(mtp_depth=1)
+  return config, tiny.variables(config)
+
+
+def _change_config(**changes):
+  def change(folder):
+    path = folder / 'config.json'
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps(values))
+
+  return change
+
+
+def _change_tensors(change):
+  """Writes the tensors again after `change` of their dict."""
+
+  def rewrite(folder):
+    tensors = _read_all(folder)
+    change(tensors)
+    planned = [
+      safetensors.Planned(name, x.dtype, x.shape) for name, x in tensors.items()
+    ]
+    files = safetensors.plan_files(planned, 1 << 30)
+    safetensors.Writer(folder, files).write(tensors.items())
+
+  return rewrite
+
+
+def _set(name, value):
+  return _change_tensors(lambda tensors: tensors.update({name: value}))
+
+
+def _drop(name):
+  return _change_tensors(lambda tensors: tensors.pop(name))
+
+
+_COPY = 'model.layers.3.shared_head.head.weight'
+
+
+@pytest.mark.parametrize(
+  ('damage', 'message'),
+  [
+    (
+      _change_config(model_type='gpt2'),
+      "model_type='gpt2' is not supported; supported are deepseek_v3, ",
+    ),
+    (_change_config(hidden_size=64), r'is \[64, 32\], by config.json it must'),
+    (_change_config(n_routed_experts=12), r'gate.weight of .* is \[8, 32\], by conf'),
+    (_change_config(rope_scaling={'type': 'ntk'}), "rope type 'ntk' is not su"),
+    (_change_config(attention_bias=True), 'attention_bias=True is not suppor'),
+    (_change_config(qk_rope_head_dim=7), 'rope_head_dim=7 must be even'),
+    (
+      _change_config(quantization_config={'quant_method': 'gptq'}),
+      "quant_method='gptq'",
+    ),
+    (_drop('model.norm.weight'), 'lacks the tensor model.norm.weight'),
+    (
+      _set('model.extra.weight', np.zeros(3, np.float32)),
+      'has the tensor model.extra.weight, which the model does not have',
+    ),
+    (
+      _set('model.norm.weight', np.zeros(3, np.float32)),
+      r'tensor model.norm.weight of .* is \[3\], by config.json it must be',
+    ),
+    (
+      _set('lm_head.weight', np.zeros((64, 32), fp8.E4M3)),
+      'lacks the tensor lm_head.weight_scale_inv',
+    ),
+    (
+      _set(_COPY, np.zeros((64, 32), np.float32)),
+      f'{_COPY} is not equal to lm_head.weight',
+    ),
+    (lambda folder: (folder / 'config.json').unlink(), 'config.json does not'),
+    (
+      lambda folder: (folder / 'config.json').write_text('{'),
+      'config.json is no JSON',
+    ),
+  ],
+)
+def test_what_is_wrong_is_named(tmp_path, damage, message):
+  config, variables = _small()
+  huggingface.save(tmp_path / 'a', config, variables, dtype='float32')
+  damage(tmp_path / 'a')
+  with pytest.raises(config_lib.UserError, match=message):
+    huggingface.load(tmp_path / 'a')
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path):
+  config, variables = _small()
+
+  def fail(folder):
+    assert (folder / 'config.json').exists()
+    raise OSError('disk full')
+
+  with pytest.raises(OSError, match='disk full'):
+    huggingface.save(tmp_path / 'a', config, variables, finish=fail)
+  assert not list(tmp_path.iterdir())
+
+
+def test_an_export_does_not_overwrite(tmp_path):
+  config, variables = _small()
+  (tmp_path / 'mine').write_text('work')
+  with pytest.raises(config_lib.UserError, match='exists and is not empty'):
+    huggingface.save(tmp_path, config, variables)
+  assert (tmp_path / 'mine').read_text() == 'work'
+
+
+def test_a_shape_of_no_family_is_refused(tmp_path):
+  config, variables = _small()
+  odd = dataclasses.replace(
+    config, moe=dataclasses.replace(config.moe, score='softmax')
+  )
+  with pytest.raises(config_lib.UserError, match='no Hugging Face family'):
+    huggingface.save(tmp_path / 'a', odd, variables)
