@@ -36,13 +36,12 @@ _ADD_NEWLINE = flags.DEFINE_bool(
 
 
 def main() -> None:
-  from r1jax.recipe import pretrain
-  from r1jax.recipe import stage as stage_lib
+  from r1jax.recipe import origin, pretrain
   from r1jax.sampling import stream
 
   config = app.load(stream.StreamConfig)
-  model = stage_lib.load_model_config(_WORKDIR.value)
-  path = stage_lib.load_tokenizer_path(_WORKDIR.value)
+  model = origin.load_model_config(_WORKDIR.value)
+  path = origin.load_tokenizer_path(_WORKDIR.value)
   tokenizer = pretrain.load_tokenizer(path, model)
   encode = lambda text: encode_prompt(text, tokenizer, model.max_length)
   if _PROMPT.value is not None:
@@ -90,13 +89,14 @@ def _make_complete(model, tokenizer, config: 'stream_lib.StreamConfig'):
 
   from r1jax.evaluate import transcript
   from r1jax.parallel import mesh as mesh_lib
-  from r1jax.recipe import stage as stage_lib
+  from r1jax.recipe import origin
   from r1jax.sampling import stream
 
   # One row has no use for a second device.
   mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(), jax.devices()[:1])
-  variables, step = stage_lib.load_variables(
-    _WORKDIR.value, stage_lib.abstract_variables(model, mesh), say=_note
+  model = origin.for_mesh(model, _WORKDIR.value, mesh)
+  variables, step = origin.load_variables(
+    _WORKDIR.value, model, mesh, say=_note
   )
   _note(f'step {step} of {_WORKDIR.value}')
   sample = stream.Stream(

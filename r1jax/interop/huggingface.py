@@ -76,27 +76,56 @@ def load(
     UserError: Something is missing, too much, misshapen, cut short or not
       supported; the message names it.
   """
+  config = load_config(folder, say=say, **changes)
+  variables = load_variables(
+    folder, config, mesh=mesh, param_dtype=param_dtype, keep_fp8=keep_fp8
+  )
+  return config, variables
+
+
+def load_config(
+  folder: str | os.PathLike[str],
+  *,
+  say: Callable[[str], None] = lambda message: None,
+  **changes: Any,
+) -> model_config.ModelConfig:
+  """The model of a checkpoint; without MTP if the files have none."""
   folder = pathlib.Path(folder)
-  values = read_config(folder)
-  config = hf_config.read(values, **changes)
+  config = hf_config.read(read_config(folder), **changes)
+  if not config.mtp_depth:
+    return config
   with safetensors.closing(folder) as reader:
-    if config.mtp_depth and not _has_mtp(config, reader):
-      say(
-        f'{folder}: config.json has {config.mtp_depth} MTP modules, the files '
-        'have none; loaded without'
-      )
-      config = dataclasses.replace(config, mtp_depth=0)
-    mapping = mapping_lib.make_mapping(config)
-    blocks = _blocks(values)
+    if any(_layer_of(name) >= config.num_layers for name in reader.entries):
+      return config
+  say(
+    f'{folder}: config.json has {config.mtp_depth} MTP modules, the files '
+    'have none; loaded without'
+  )
+  return dataclasses.replace(config, mtp_depth=0)
+
+
+def load_variables(
+  folder: str | os.PathLike[str],
+  config: model_config.ModelConfig,
+  *,
+  mesh: jax.sharding.Mesh | None = None,
+  param_dtype: str = 'float32',
+  keep_fp8: bool = False,
+) -> Any:
+  """The variables of a checkpoint for a config that `load_config` gave."""
+  folder = pathlib.Path(folder)
+  blocks = _blocks(read_config(folder))
+  mapping = mapping_lib.make_mapping(config)
+  shardings = _shardings(config, mesh)
+  variables: dict[str, Any] = {'params': {}, 'router': {}}
+  with safetensors.closing(folder) as reader:
     check(mapping, reader.entries, blocks, folder, config.num_layers)
     _check_copies(mapping, reader)
     loader = _Loader(reader, blocks, PARAM_DTYPES[param_dtype], keep_fp8)
-    shardings = _shardings(config, mesh)
-    variables: dict[str, Any] = {'params': {}, 'router': {}}
     for leaf in mapping.leaves:
       array = loader.load(leaf, _at(shardings, leaf.path))
       _put(variables, leaf.path, array)
-  return config, variables
+  return variables
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
@@ -308,10 +337,6 @@ def _check_copies(mapping, reader) -> None:
         raise config_lib.UserError(
           f"{copy} is not equal to {name}: MTP shares the model's own here"
         )
-
-
-def _has_mtp(config, reader) -> bool:
-  return any(_layer_of(name) >= config.num_layers for name in reader.entries)
 
 
 def _layer_of(name: str) -> int:

@@ -18,7 +18,7 @@ from r1jax.data.tasks import arithmetic
 from r1jax.evaluate import run as run_lib
 from r1jax.evaluate import scores
 from r1jax.parallel import mesh as mesh_lib
-from r1jax.recipe import config_check, grpo, pretrain, rollouts
+from r1jax.recipe import config_check, grpo, origin, pretrain, rollouts
 from r1jax.recipe import stage as stage_lib
 from r1jax.sampling import filters, generate
 from r1jax.train import progress
@@ -74,10 +74,11 @@ def run(
     UserError: The workdir holds no model, or fewer questions exist.
   """
   start = time.perf_counter()
-  model = stage_lib.load_model_config(workdir)
-  path = config.tokenizer or stage_lib.load_tokenizer_path(workdir)
+  model = origin.load_model_config(workdir)
+  path = config.tokenizer or origin.load_tokenizer_path(workdir)
   tokenizer = pretrain.load_tokenizer(path, model)
   mesh = stage_lib.make_mesh(config.mesh)
+  model = origin.for_mesh(model, workdir, mesh)
   config_check.check_rows('batch_size', config.batch_size, mesh)
   config_check.check_length(
     'max_prompt_tokens + max_new_tokens',
@@ -91,9 +92,7 @@ def run(
   prompt_PT, length_P = rollouts.encode_prompts(
     questions, tokenizer, config.max_prompt_tokens
   )
-  variables, step = stage_lib.load_variables(
-    workdir, stage_lib.abstract_variables(model, mesh), say=say
-  )
+  variables, step = origin.load_variables(workdir, model, mesh, say=say)
   make = lambda sampling: generate.make_generate(
     model,
     mesh,

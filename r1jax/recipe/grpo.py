@@ -20,7 +20,7 @@ from r1jax.model import config as model_config
 from r1jax.model import transformer
 from r1jax.parallel import mesh as mesh_lib
 from r1jax.parallel import sharding
-from r1jax.recipe import config_check, pretrain, rollouts, samples
+from r1jax.recipe import config_check, origin, pretrain, rollouts, samples
 from r1jax.recipe import stage as stage_lib
 from r1jax.rl import advantage, grpo
 from r1jax.sampling import filters
@@ -187,10 +187,11 @@ def run(
   Raises:
     UserError: What the config asks for cannot be.
   """
-  model = stage_lib.load_model_config(config.init_from)
-  path = config.tokenizer or stage_lib.load_tokenizer_path(config.init_from)
+  model = origin.load_model_config(config.init_from)
+  path = config.tokenizer or origin.load_tokenizer_path(config.init_from)
   tokenizer = pretrain.load_tokenizer(path, model)
   mesh = stage_lib.make_mesh(config.mesh)
+  model = origin.for_mesh(model, config.init_from, mesh)
   _check_sizes(config, model, mesh)
   stage = stage_lib.Stage(
     workdir=epath.Path(workdir),

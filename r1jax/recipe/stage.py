@@ -15,6 +15,7 @@ from r1jax.model import config as model_config
 from r1jax.model import transformer
 from r1jax.parallel import mesh as mesh_lib
 from r1jax.parallel import sharding
+from r1jax.recipe import origin
 from r1jax.train import checkpoint, loop, metrics, optimizer, progress
 from r1jax.train import state as state_lib
 from r1jax.train import step as step_lib
@@ -76,7 +77,8 @@ class Stage:
     seed: Of the initialisation.
     title: For the progress line.
     with_reference: Keep a reference policy in the state.
-    init_from: Workdir whose variables it starts from; '' for random ones.
+    init_from: Workdir or Hugging Face folder whose variables it starts from;
+      '' for random ones.
     profile_steps: Steps to trace from step 10 on; 0 for none.
   """
 
@@ -122,8 +124,8 @@ class Stage:
     )
     if not self.init_from:
       return state
-    variables, step = load_variables(
-      self.init_from, self.abstract_state().variables, say=say
+    variables, step = origin.load_variables(
+      self.init_from, self.model, self.mesh, say=say
     )
     say(f'starting from step {step} of {self.init_from}')
     return state_lib.with_variables(state, variables)
@@ -173,61 +175,6 @@ def compile_program(program: Any, *args: Any) -> tuple[float, Any]:
   start = time.perf_counter()
   compiled = program.lower(*args).compile()
   return time.perf_counter() - start, compiled.memory_analysis()
-
-
-def load_model_config(workdir: str) -> model_config.ModelConfig:
-  """The model of a finished or running stage.
-
-  Raises:
-    UserError: The directory is no workdir with a model.
-  """
-  model = _read_config(workdir)['model']
-  return config_lib.from_dict(model_config.ModelConfig, model, 'model')
-
-
-def load_tokenizer_path(workdir: str) -> str:
-  """The tokenizer that a workdir's model was trained with; '' if it ships.
-
-  Raises:
-    UserError: The directory is no workdir with a model.
-  """
-  return _read_config(workdir).get('tokenizer', '')
-
-
-def _read_config(workdir: str) -> dict[str, Any]:
-  path = epath.Path(workdir) / 'config.json'
-  try:
-    values = json.loads(path.read_text())
-  except FileNotFoundError as e:
-    raise config_lib.UserError(
-      f'{workdir} is not a workdir: {path} does not exist'
-    ) from e
-  except json.JSONDecodeError:
-    values = None
-  if not isinstance(values, dict) or 'model' not in values:
-    raise config_lib.UserError(f'{path} holds no model config')
-  return values
-
-
-def load_variables(
-  workdir: str, abstract: Any, *, say: Callable[[str], None]
-) -> tuple[Any, int]:
-  """Variables and step of a workdir's newest good checkpoint."""
-  return checkpoint.restore_variables(
-    epath.Path(workdir) / 'checkpoints', abstract, say=say
-  )
-
-
-def abstract_variables(
-  model: model_config.ModelConfig, mesh: jax.sharding.Mesh
-) -> Any:
-  """Shapes and shardings of a model's variables."""
-  boxed = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    sharding.unbox(boxed),
-    sharding.tree_shardings(mesh, boxed),
-  )
 
 
 def run(

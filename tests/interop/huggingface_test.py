@@ -327,7 +327,10 @@ _COPY = 'model.layers.3.shared_head.head.weight'
       "model_type='gpt2' is not supported; supported are deepseek_v3, ",
     ),
     (_change_config(hidden_size=64), r'is \[64, 32\], by config.json it must'),
-    (_change_config(n_routed_experts=12), r'gate.weight of .* is \[8, 32\], by conf'),
+    (
+      _change_config(n_routed_experts=12),
+      r'gate.weight of .* is \[8, 32\], by conf',
+    ),
     (_change_config(rope_scaling={'type': 'ntk'}), "rope type 'ntk' is not su"),
     (_change_config(attention_bias=True), 'attention_bias=True is not suppor'),
     (_change_config(qk_rope_head_dim=7), 'rope_head_dim=7 must be even'),

@@ -16,8 +16,7 @@ from r1jax import types
 from r1jax.data import tokenizer
 from r1jax.model import transformer
 from r1jax.parallel import mesh as mesh_lib
-from r1jax.recipe import grpo, rollouts, samples
-from r1jax.recipe import stage as stage_lib
+from r1jax.recipe import grpo, origin, rollouts, samples
 from r1jax.rl.reward import strings
 from r1jax.train import checkpoint, metrics, source_state, workdir
 from r1jax.train import state as state_lib
@@ -510,5 +509,5 @@ def test_a_base_that_is_none_is_the_users_error(content, tmp_path):
   if content is not None:
     (tmp_path / 'config.json').write_text(content)
   with pytest.raises(config_lib.UserError) as error:
-    stage_lib.load_model_config(str(tmp_path))
+    origin.load_model_config(str(tmp_path))
   assert str(tmp_path) in str(error.value)

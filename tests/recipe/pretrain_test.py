@@ -16,7 +16,7 @@ from r1jax import config as config_lib
 from r1jax import types
 from r1jax.model import router, transformer
 from r1jax.parallel import mesh as mesh_lib
-from r1jax.recipe import pretrain
+from r1jax.recipe import origin, pretrain
 from r1jax.recipe import stage as stage_lib
 from r1jax.train import metrics, optimizer
 from r1jax.train import state as state_lib
@@ -248,10 +248,8 @@ def test_a_run_keeps_its_config_figures_and_checkpoint(one_device_run):
   assert last['step'] == 3
   assert 'mtp/accept' in last and 'eval/max_vio' in last
   said = []
-  variables, step = stage_lib.load_variables(
-    str(workdir),
-    stage_lib.abstract_variables(micro.model(), micro.one_device()),
-    say=said.append,
+  variables, step = origin.load_variables(
+    str(workdir), micro.model(), micro.one_device(), say=said.append
   )
   assert step == 3
   jax.tree.map(np.testing.assert_array_equal, variables, state.variables)

@@ -13,7 +13,7 @@ from configs import pretrain as pretrain_config
 from r1jax import config, types
 from r1jax.parallel import mesh as mesh_lib
 from r1jax.parallel import sharding
-from r1jax.recipe import pretrain, stage
+from r1jax.recipe import origin, pretrain, stage
 from r1jax.sampling import filters, generate
 
 
@@ -91,7 +91,7 @@ def tiny_decode_step(devices: Sequence[jax.Device]) -> jax.stages.Lowered:
   B = 8 * len(devices)
   key = jax.eval_shape(lambda: jax.random.key(0))
   return program.lower(
-    stage.abstract_variables(run.model, mesh),
+    origin.abstract_variables(run.model, mesh),
     _struct(mesh, (B, 12), jnp.int32),
     _struct(mesh, (B,), jnp.int32),
     jax.ShapeDtypeStruct(

@@ -1,0 +1,68 @@
+"""Converts models from and to Hugging Face safetensors.
+
+python -m experiments.convert --from_hf=DIR --workdir=OUT
+python -m experiments.convert --workdir=RUN --to_hf=DIR --dtype=bfloat16
+python -m experiments.convert --from_hf=DIR --to_hf=DIR2 --dtype=fp8
+"""
+
+from absl import flags
+
+from experiments import app
+from r1jax import config
+
+_FROM_HF = flags.DEFINE_string(
+  'from_hf', None, 'Folder with config.json and safetensors files.'
+)
+_TO_HF = flags.DEFINE_string('to_hf', None, 'Folder to write; a new one.')
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'The run to export, or with --from_hf the one to make.'
+)
+_DTYPE = flags.DEFINE_enum(
+  'dtype', 'bfloat16', ['float32', 'bfloat16', 'fp8'], 'Of what is exported.'
+)
+_PARAM_DTYPE = flags.DEFINE_enum(
+  'param_dtype', 'float32', ['float32', 'bfloat16'], 'Of what is imported.'
+)
+_SHARD_GIB = flags.DEFINE_float(
+  'shard_gib', 5.0, 'Most GiB of an exported file.', 0.001
+)
+_FSDP = flags.DEFINE_integer(
+  'fsdp', -1, 'Devices that weights are split over; -1 for all.'
+)
+
+
+def main() -> None:
+  ways = [_FROM_HF.value, _WORKDIR.value, _TO_HF.value]
+  if sum(way is not None for way in ways) != 2:
+    raise config.UserError(
+      'give two of --from_hf, --workdir and --to_hf: where from and where to'
+    )
+  app.set_up_jax(default_host_devices=1)
+  from r1jax.parallel import mesh as mesh_lib
+  from r1jax.recipe import convert, stage
+
+  mesh = stage.make_mesh(mesh_lib.MeshConfig(data=1, fsdp=_FSDP.value))
+  if _TO_HF.value is None:
+    convert.to_workdir(
+      _FROM_HF.value,
+      _WORKDIR.value,
+      mesh=mesh,
+      param_dtype=_PARAM_DTYPE.value,
+      say=print,
+    )
+    print(f'{_FROM_HF.value} is now step 0 of {_WORKDIR.value}')
+    return
+  source = _FROM_HF.value or _WORKDIR.value
+  convert.to_huggingface(
+    source,
+    _TO_HF.value,
+    mesh=mesh,
+    dtype=_DTYPE.value,
+    shard_gib=_SHARD_GIB.value,
+    say=print,
+  )
+  print(f'{source} is now in {_TO_HF.value}, {_DTYPE.value}')
+
+
+if __name__ == '__main__':
+  app.run(main)

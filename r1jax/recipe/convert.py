@@ -1,0 +1,227 @@
+"""From Hugging Face folders to workdirs and back, and the check after it."""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from r1jax import config as config_lib
+from r1jax.interop import huggingface
+from r1jax.model import transformer
+from r1jax.recipe import origin
+from r1jax.train import checkpoint
+from r1jax.train import state as state_lib
+from r1jax.train import workdir as workdir_lib
+
+# What goes with the weights, if it is there.
+_TOKENIZER_FILES = (
+  'tokenizer.json',
+  'tokenizer.model',
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'added_tokens.json',
+  'vocab.json',
+  'merges.txt',
+  'generation_config.json',
+  'chat_template.jinja',
+)
+_SENTENCEPIECE = 'tokenizer.model'
+
+
+def to_workdir(
+  folder: str,
+  workdir: str,
+  *,
+  mesh: jax.sharding.Mesh,
+  param_dtype: str,
+  say: Callable[[str], None],
+) -> None:
+  """Makes a workdir with one checkpoint, step 0, of a Hugging Face folder.
+
+  Raises:
+    UserError: The folder is wrong, or the workdir holds something.
+  """
+  model = huggingface.load_config(folder, say=say)
+  model = origin.for_mesh(model, folder, mesh)
+  _refuse_used(workdir)
+  variables = huggingface.load_variables(
+    folder, model, mesh=mesh, param_dtype=param_dtype
+  )
+  with _finished_under(workdir) as unfinished:
+    state = state_lib.State(jnp.zeros((), jnp.int32), variables, None, None)
+    with checkpoint.Checkpoints(
+      unfinished / 'checkpoints', max_to_keep=1, say=say
+    ) as checkpoints:
+      checkpoints.save(0, state, {})
+    if jax.process_index() == 0:
+      _copy_tokenizer(pathlib.Path(folder), unfinished / 'tokenizer')
+    final = pathlib.Path(os.path.abspath(workdir)) / 'tokenizer'
+    resolved = {
+      'model': config_lib.to_dict(model),
+      'tokenizer': os.fspath(final),
+      'from_hf': os.path.abspath(folder),
+    }
+    workdir_lib.prepare(unfinished, resolved)
+
+
+def to_huggingface(
+  source: str,
+  folder: str,
+  *,
+  mesh: jax.sharding.Mesh,
+  dtype: str,
+  shard_gib: float,
+  say: Callable[[str], None],
+) -> None:
+  """Writes a workdir's model, or another folder's, for other tools.
+
+  FP8 weights of a folder stay as they are if `dtype` is 'fp8'.
+
+  Raises:
+    UserError: No model there, or none that other tools know.
+  """
+  model = origin.load_model_config(source)
+  tokenizer = origin.load_tokenizer_path(source)
+  if huggingface.is_checkpoint(source) and dtype == 'fp8':
+    variables = huggingface.load_variables(
+      source, model, mesh=mesh, keep_fp8=True
+    )
+  else:
+    variables, _ = origin.load_variables(source, model, mesh, say=say)
+
+  def finish(unfinished: pathlib.Path) -> None:
+    path = pathlib.Path(tokenizer)
+    if path.is_dir():
+      _copy_tokenizer(path, unfinished)
+    elif tokenizer:
+      shutil.copyfile(path, unfinished / _SENTENCEPIECE)
+
+  huggingface.save(
+    folder,
+    model,
+    variables,
+    dtype=dtype,
+    shard_bytes=int(shard_gib * 2**30),
+    finish=finish,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitsCheck:
+  """How far logits are from a reference's.
+
+  Attributes:
+    largest: Largest absolute difference.
+    mean_kl: KL(reference ‖ ours), mean over all tokens, nats.
+    num_tokens: How many tokens were compared.
+  """
+
+  largest: float
+  mean_kl: float
+  num_tokens: int
+
+
+def check_logits(
+  folder: str, reference: str, *, mesh: jax.sharding.Mesh
+) -> LogitsCheck:
+  """Compares a model's logits with those in an npz, in float32.
+
+  Args:
+    folder: Hugging Face folder or workdir.
+    reference: Holds `input_ids` [B, T] and `logits` [B, T, V].
+    mesh: Where to compute; rows are not split.
+
+  Raises:
+    UserError: The file lacks an array, or they do not fit the model.
+  """
+  model = origin.load_model_config(folder)
+  tokens_BT, expected_BTV = _read_reference(reference, model.vocab_size)
+  if tokens_BT.shape[1] > model.max_length:
+    raise config_lib.UserError(
+      f'{reference}: {tokens_BT.shape[1]} tokens a row, the model has a '
+      f'context of {model.max_length}'
+    )
+  model = dataclasses.replace(model, dtype='float32')
+  variables, _ = origin.load_variables(folder, model, mesh, say=print)
+
+  @jax.jit
+  def logits(variables, tokens_BT):
+    with jax.default_matmul_precision('highest'):
+      return transformer.Transformer(model).apply(
+        variables, tokens_BT, method='logits'
+      )
+
+  @jax.jit
+  def compare(logits_TV, expected_TV):
+    p_TV = jax.nn.log_softmax(expected_TV)
+    gap_TV = p_TV - jax.nn.log_softmax(logits_TV)
+    kl_T = jnp.sum(jnp.exp(p_TV) * gap_TV, axis=-1)
+    return jnp.abs(logits_TV - expected_TV).max(), kl_T.sum()
+
+  largest, kl = 0.0, 0.0
+  for tokens_T, expected_TV in zip(tokens_BT, expected_BTV, strict=True):
+    row_TV = logits(variables, tokens_T[None])[0]
+    row_largest, row_kl = compare(row_TV, expected_TV.astype(np.float32))
+    largest = max(largest, float(row_largest))
+    kl += float(row_kl)
+  return LogitsCheck(largest, kl / tokens_BT.size, tokens_BT.size)
+
+
+def _read_reference(
+  path: str, vocab_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+  try:
+    with np.load(path) as file:
+      tokens_BT, logits_BTV = file['input_ids'], file['logits']
+  except KeyError as e:
+    raise config_lib.UserError(f'{path} lacks an array: {e.args[0]}') from e
+  except (OSError, ValueError) as e:
+    raise config_lib.UserError(f'{path} is no npz file: {e}') from e
+  if logits_BTV.shape != (*tokens_BT.shape, vocab_size):
+    raise config_lib.UserError(
+      f'{path}: logits {list(logits_BTV.shape)} must be input_ids '
+      f'{list(tokens_BT.shape)} with the {vocab_size} tokens of the model'
+    )
+  if tokens_BT.min() < 0 or tokens_BT.max() >= vocab_size:
+    raise config_lib.UserError(
+      f'{path}: input_ids from {tokens_BT.min()} to {tokens_BT.max()} must '
+      f'lie between 0 and {vocab_size - 1}'
+    )
+  return tokens_BT.astype(np.int32), logits_BTV
+
+
+def _copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
+  target.mkdir(parents=True, exist_ok=True)
+  for name in _TOKENIZER_FILES:
+    if (source / name).exists():
+      shutil.copyfile(source / name, target / name)
+
+
+def _refuse_used(workdir: str) -> None:
+  path = pathlib.Path(workdir)
+  if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    raise config_lib.UserError(f'{workdir} exists and is not empty')
+
+
+@contextlib.contextmanager
+def _finished_under(workdir: str) -> Iterator[pathlib.Path]:
+  """A folder that gets its name when all is done; else it vanishes."""
+  path = pathlib.Path(os.path.abspath(workdir))
+  unfinished = path.with_name(f'.{path.name}.unfinished')
+  if jax.process_index() == 0:
+    shutil.rmtree(unfinished, ignore_errors=True)
+  try:
+    yield unfinished
+    if jax.process_index() == 0:
+      if path.exists():
+        path.rmdir()
+      unfinished.rename(path)
+  except BaseException:
+    shutil.rmtree(unfinished, ignore_errors=True)
+    raise

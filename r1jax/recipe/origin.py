@@ -1,0 +1,110 @@
+"""Where a model comes from: a workdir of ours, or a Hugging Face folder.
+
+Every program that starts from a model takes either.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from etils import epath
+
+from r1jax import config as config_lib
+from r1jax.interop import huggingface
+from r1jax.model import config as model_config
+from r1jax.model import transformer
+from r1jax.parallel import sharding
+from r1jax.train import checkpoint
+
+
+def load_model_config(folder: str) -> model_config.ModelConfig:
+  """The model of a finished or running stage, or of a Hugging Face folder.
+
+  Raises:
+    UserError: The folder is neither.
+  """
+  if huggingface.is_checkpoint(folder):
+    return huggingface.load_config(folder)
+  model = _read_config(folder)['model']
+  return config_lib.from_dict(model_config.ModelConfig, model, 'model')
+
+
+def for_mesh(
+  model: model_config.ModelConfig, folder: str, mesh: jax.sharding.Mesh
+) -> model_config.ModelConfig:
+  """A foreign model computes as suits the devices; ours as it was trained.
+
+  config.json says nothing of it: bfloat16 and grouped matmuls on
+  accelerators, float32 on a CPU.
+  """
+  if not huggingface.is_checkpoint(folder):
+    return model
+  if mesh.devices.flat[0].platform == 'cpu':
+    return model
+  moe = model.moe and dataclasses.replace(
+    model.moe, implementation='grouped', block=128
+  )
+  return dataclasses.replace(model, moe=moe, dtype='bfloat16', remat=True)
+
+
+def load_tokenizer_path(folder: str) -> str:
+  """The tokenizer of a workdir's model, '' if it ships; a foreign one's folder.
+
+  Raises:
+    UserError: The folder is no workdir with a model.
+  """
+  if huggingface.is_checkpoint(folder):
+    return folder
+  return _read_config(folder).get('tokenizer', '')
+
+
+def load_variables(
+  folder: str,
+  model: model_config.ModelConfig,
+  mesh: jax.sharding.Mesh,
+  *,
+  say: Callable[[str], None],
+) -> tuple[Any, int]:
+  """Variables on a mesh and their step: 0 for those of a foreign folder.
+
+  Of a workdir those of its newest good checkpoint.
+
+  Raises:
+    UserError: None can be read, or they are another model's.
+  """
+  if huggingface.is_checkpoint(folder):
+    return huggingface.load_variables(folder, model, mesh=mesh), 0
+  return checkpoint.restore_variables(
+    epath.Path(folder) / 'checkpoints',
+    abstract_variables(model, mesh),
+    say=say,
+  )
+
+
+def abstract_variables(
+  model: model_config.ModelConfig, mesh: jax.sharding.Mesh
+) -> Any:
+  """Shapes and shardings of a model's variables."""
+  boxed = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    sharding.unbox(boxed),
+    sharding.tree_shardings(mesh, boxed),
+  )
+
+
+def _read_config(workdir: str) -> dict[str, Any]:
+  path = epath.Path(workdir) / 'config.json'
+  try:
+    values = json.loads(path.read_text())
+  except FileNotFoundError as e:
+    raise config_lib.UserError(
+      f'{workdir} is not a workdir: {path} does not exist'
+    ) from e
+  except json.JSONDecodeError:
+    values = None
+  if not isinstance(values, dict) or 'model' not in values:
+    raise config_lib.UserError(f'{path} holds no model config')
+  return values
