@@ -64,6 +64,13 @@ class PretrainConfig:
         f'row_length={self.row_length} exceeds model.max_length='
         f'{self.model.max_length}'
       )
+    indexer = getattr(self.model.attention, 'indexer', None)
+    if indexer is not None and indexer.dense:
+      if self.optim.trainable != 'indexer':
+        raise ValueError(
+          f'optim.trainable={self.optim.trainable!r} with a dense indexer, it '
+          "must be 'indexer': the warm-up trains nothing else"
+        )
     if self.row_length < 2:
       raise ValueError(f'row_length={self.row_length} must be at least 2')
     if self.eval_rows < 1:
@@ -215,6 +222,9 @@ def make_loss(
 ) -> step_lib.LossFn:
   """Builds loss(variables, batch): L = L_next + λ mean_k L_k + α L_balance.
 
+  With sparse attention its indexers' divergence is added, which no other
+  parameter sees; in their dense warm-up it is the whole loss.
+
   Args:
     config: Of the model.
     mtp_coef: λ; 0 leaves the MTP modules out.
@@ -224,6 +234,7 @@ def make_loss(
   Source: DeepSeek-V3, arXiv:2412.19437, §2.1.2 and §2.2.
   """
   model = transformer.Transformer(config)
+  indexer = getattr(config.attention, 'indexer', None)
 
   def loss_fn(variables, batch):
     out = model.apply(
@@ -232,6 +243,7 @@ def make_loss(
       segment_BT=batch.segment_BT,
       position_BT=batch.position_BT,
       mtp=mtp_coef > 0,
+      indexer_loss=indexer is not None,
     )
     head_DV = transformer.head(variables['params'], config)
     logp_BT, _ = token.next_token_logp(out.hidden_BTD, head_DV, batch.tokens_BT)
@@ -252,6 +264,11 @@ def make_loss(
     if out.moe is not None:
       loss += balance_coef * balance(out.moe.balance_B, batch, metrics)
       metrics['moe/counts'] = out.moe.counts_E
+    if indexer is not None:
+      # Of each layer Σ_t KL; queries of padding have none.
+      divergence = out.indexer_LBT.sum() / batch.num_tokens
+      metrics['indexer/divergence'] = divergence / out.indexer_LBT.shape[0]
+      loss = divergence if indexer.dense else loss + divergence
     return loss, metrics
 
   return loss_fn

@@ -101,6 +101,18 @@ class Stage:
       self.shardings = sharding.tree_shardings(self.mesh, boxed)
     except ValueError as e:
       raise config_lib.UserError(str(e)) from e
+    moe, speed = self.model.moe, self.train.bias_update_speed
+    if speed and moe is not None and not moe.has_bias:
+      raise config_lib.UserError(
+        f'train.bias_update_speed={speed} needs model.moe.has_bias, this '
+        'model has none: set it to 0'
+      )
+    trainable = self.optim.trainable
+    paths = jax.tree_util.tree_flatten_with_path(self.shardings['params'])[0]
+    if not any(trainable in jax.tree_util.keystr(path) for path, _ in paths):
+      raise config_lib.UserError(
+        f'optim.trainable={trainable!r} is in the path of no parameter'
+      )
     self._init = lambda: sharding.unbox(transformer.init(self.model, key))
     # Outside `jax.set_mesh`, like `new_state`: one row initialises the model,
     # which does not divide over devices.

@@ -35,6 +35,8 @@ class OptimConfig:
     weight_decay: Decoupled, times the learning rate; see `is_decayed`.
     clip_norm: Largest global norm of the gradient.
     kind: 'adamw' (V3), or 'muon' for the matrices inside the blocks.
+    trainable: Only parameters with this in their path are trained, such as
+      'indexer' in the warm-up of sparse attention; '' for all.
   """
 
   peak_lr: float
@@ -47,6 +49,7 @@ class OptimConfig:
   weight_decay: float = 0.1
   clip_norm: float = 1.0
   kind: Literal['adamw', 'muon'] = 'adamw'
+  trainable: str = ''
 
   def __post_init__(self):
     _check(self, 'peak_lr', self.peak_lr > 0, 'must be positive')
@@ -94,11 +97,19 @@ def make_optimizer(
   direction = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
   if config.kind == 'muon':
     direction = muon.scale_by_muon_or(direction)
-  return optax.chain(
+  whole = optax.chain(
     _clip_by_known_norm(config.clip_norm),
     direction,
     optax.add_decayed_weights(config.weight_decay, mask=_decay_mask),
     optax.scale_by_learning_rate(make_schedule(config, num_steps)),
+  )
+  if not config.trainable:
+    return whole
+  return optax.partition(
+    {True: whole, False: optax.set_to_zero()},
+    lambda params: jax.tree.map_with_path(
+      lambda path, _: config.trainable in jax.tree_util.keystr(path), params
+    ),
   )
 
 

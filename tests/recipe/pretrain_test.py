@@ -14,6 +14,7 @@ from etils import epath
 
 from r1jax import config as config_lib
 from r1jax import types
+from r1jax.model import config as model_config
 from r1jax.model import router, transformer
 from r1jax.parallel import mesh as mesh_lib
 from r1jax.recipe import origin, pretrain
@@ -116,6 +117,54 @@ def test_loss_is_next_token_plus_mtp_plus_balance():
   assert float(loss) == close(
     next_loss + _MTP_COEF * mtp_loss + _BALANCE_COEF * balance
   )
+
+
+@pytest.mark.parametrize('dense', [True, False])
+def test_indexers_learn_alone_in_their_warm_up_then_beside_the_model(dense):
+  indexer = model_config.IndexerConfig(4, 8, top_k=8, dense=dense)
+  attention = dataclasses.replace(
+    micro.model().attention, q_lora_rank=8, indexer=indexer
+  )
+  config = micro.model(attention=attention, mtp_depth=0)
+  loss_fn = pretrain.make_loss(config, mtp_coef=0.0, balance_coef=0.0)
+  loss, got = quick.jit(loss_fn)(micro.variables(config), _batch())
+  learned = 2 * float(got['indexer/divergence'])  # 2 layers.
+  assert learned > 1e-3
+  model = 0.0 if dense else float(got['train/next_token_loss'])
+  assert float(loss) == pytest.approx(model + learned, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    (
+      {'optim__trainable': 'indexers'},
+      "optim.trainable='indexers' is in the path of no parameter",
+    ),
+    (
+      {'model__moe__has_bias': False, 'train__bias_update_speed': 1e-3},
+      'train.bias_update_speed=0.001 needs model.moe.has_bias',
+    ),
+    (
+      {
+        'model__attention__q_lora_rank': 8,
+        'model__attention__indexer': {
+          **{'num_heads': 2, 'head_dim': 8, 'top_k': 4},
+          'dense': True,
+        },
+      },
+      "optim.trainable='' with a dense indexer, it must be 'indexer'",
+    ),
+  ],
+)
+def test_what_cannot_be_trained_is_said(changes, message, tmp_path):
+  with micro.on(micro.one_device()):
+    with pytest.raises(config_lib.UserError, match=message):
+      config = config_lib.from_dict(
+        pretrain.PretrainConfig, micro.pretrain_dict(**changes)
+      )
+      pretrain.run(config, str(tmp_path / 'none'))
+  assert not (tmp_path / 'none').exists()
 
 
 def test_counts_are_the_choices_of_real_tokens():

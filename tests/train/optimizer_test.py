@@ -114,3 +114,26 @@ def test_update_is_adamw_without_decay_of_scales_and_biases():
 def test_a_bad_value_is_named(name, value):
   with pytest.raises(ValueError, match=f'{name}={value!r} must'):
     _config(**{name: value})
+
+
+def test_only_what_is_named_is_trained():
+  params = {
+    'indexer': {'key': jnp.ones((2, 2))},
+    'ffn': {'up': jnp.ones((2, 2)), 'scale': jnp.ones(2)},
+  }
+  config = _config(trainable='indexer', warmup_steps=0)
+  tx = optimizer.make_optimizer(config, 10)
+  grads = jax.tree.map(jnp.ones_like, params)
+  updates, _ = tx.update(
+    grads, tx.init(params), params, grad_norm=jnp.float32(1.0)
+  )
+  assert not np.any(updates['ffn']['up']) and not np.any(
+    updates['ffn']['scale']
+  )
+  whole = optimizer.make_optimizer(_config(warmup_steps=0), 10)
+  expected, _ = whole.update(
+    grads, whole.init(params), params, grad_norm=jnp.float32(1.0)
+  )
+  np.testing.assert_array_equal(
+    updates['indexer']['key'], expected['indexer']['key']
+  )
