@@ -2,29 +2,11 @@
 
 import dataclasses
 import functools
-import glob
 import hashlib
-import json
-import os
-import re
 import string
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any
-
-import pyarrow as pa
-from pyarrow import parquet
 
 from r1jax import config
-from r1jax.data import packing
-
-_FORMAT_OF_SUFFIX = {
-  '.jsonl': 'jsonl',
-  '.ndjson': 'jsonl',
-  '.txt': 'text',
-  '.md': 'text',
-  '.parquet': 'parquet',
-}
-_BLANK_LINES = re.compile(r'\r?\n(?:[ \t]*\r?\n)+')
+from r1jax.data import packing, records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +34,9 @@ class TextConfig:
   def __post_init__(self):
     if not self.paths:
       raise ValueError('paths=() must name at least one file')
-    if self.format not in ('auto', *_READERS):
+    if self.format not in records.FORMATS:
       raise ValueError(
-        f'format={self.format!r} must be one of auto, {", ".join(_READERS)}'
+        f'format={self.format!r} must be one of {", ".join(records.FORMATS)}'
       )
     if not 0 <= self.held_out_fraction < 1:
       raise ValueError(
@@ -105,33 +87,24 @@ def read_documents(text_config: TextConfig) -> list[str]:
   """Returns the documents of all files, in the order of paths; none is empty.
 
   Raises:
-    UserError: A file is missing, empty, truncated, not UTF-8, or lacks a
-      field; the message names the file and, where there is one, the line.
+    UserError: As `records.read`, or a file holds no document.
   """
   documents = []
-  for path in _expand(text_config.paths):
-    name = text_config.format
-    if name == 'auto':
-      suffix = os.path.splitext(path)[1].lower()
-      if suffix not in _FORMAT_OF_SUFFIX:
-        raise config.UserError(
-          f'{path}: cannot tell the format from the suffix {suffix!r} (known: '
-          f'{", ".join(_FORMAT_OF_SUFFIX)}); set format'
-        )
-      name = _FORMAT_OF_SUFFIX[suffix]
-    try:
-      found = [d for d in _READERS[name](path, text_config) if d.strip()]
-    except pa.ArrowException as e:
-      reason = str(e).splitlines()[0]
-      raise config.UserError(
-        f'{path}: not a readable Parquet file, or truncated: {reason}'
-      ) from e
-    except OSError as e:
-      reason = e.strerror or str(e).splitlines()[0]
-      raise config.UserError(f'{path}: {reason}') from e
-    if not found:
+  names = template_fields(text_config.template)
+  for path in records.expand(text_config.paths):
+    found = records.read(
+      path,
+      text_config.format,
+      fields=names,
+      split_blank_lines=text_config.split_blank_lines,
+    )
+    texts = [
+      _fill(text_config.template, record, where) for where, record in found
+    ]
+    texts = [text for text in texts if text.strip()]
+    if not texts:
       raise config.UserError(f'{path}: the file holds no document')
-    documents += found
+    documents += texts
   return documents
 
 
@@ -160,122 +133,9 @@ def _is_field(name: str) -> bool:
   return bool(name) and not name.isdigit() and not set(name) & set('.[]')
 
 
-def _expand(paths: tuple[str, ...]) -> list[str]:
-  """Returns the files that the paths and globs name, each once."""
-  found = {}
-  for path in paths:
-    matches = (
-      [path]
-      if os.path.exists(path)
-      else sorted(glob.glob(path, recursive=True))
-    )
-    files = [match for match in matches if os.path.isfile(match)]
-    if os.path.isdir(path):
-      raise config.UserError(
-        f'{path}: a folder; name its files, such as {os.path.join(path, "*")}'
-      )
-    if not files:
-      what = 'no file matches' if glob.has_magic(path) else 'no such file'
-      raise config.UserError(f'{path}: {what}')
-    found.update(dict.fromkeys(files))
-  return list(found)
-
-
-def _read_jsonl(path: str, text_config: TextConfig) -> Iterator[str]:
-  with open(path, 'rb') as f:
-    for number, line in enumerate(f, start=1):
-      where = f'{path}:{number}'
-      text = _decode(line, path, number)
-      if not text.strip():
-        continue
-      try:
-        record = json.loads(text)
-      except json.JSONDecodeError as e:
-        cut = '' if line.endswith(b'\n') else ' (is the file truncated?)'
-        raise config.UserError(
-          f'{where}: not valid JSON: {e.msg} at column {e.colno}{cut}'
-        ) from e
-      except (ValueError, RecursionError) as e:
-        raise config.UserError(f'{where}: JSON out of bounds: {e}') from e
-      if not isinstance(record, dict):
-        raise config.UserError(
-          f'{where}: a JSON {type(record).__name__}, it must be an object'
-        )
-      yield _fill(text_config.template, record, where)
-
-
-def _read_text(path: str, text_config: TextConfig) -> Iterator[str]:
-  with open(path, 'rb') as f:
-    data = f.read()
-  text = _decode(data, path, 1)
-  split = text_config.split_blank_lines
-  for block in _BLANK_LINES.split(text) if split else (text,):
-    if block.strip():
-      block = block.strip('\r\n') if split else block
-      yield _fill(text_config.template, {'text': block}, path)
-
-
-def _read_parquet(path: str, text_config: TextConfig) -> Iterator[str]:
-  names = list(dict.fromkeys(template_fields(text_config.template)))
-  with parquet.ParquetFile(path) as file:
-    _check_fields(names, file.schema_arrow.names, path)
-    done = 0
-    for batch in file.iter_batches(columns=names):
-      try:
-        records = batch.to_pylist()
-      except UnicodeDecodeError as e:
-        raise config.UserError(f'{path}: after row {done}: not UTF-8') from e
-      for row, record in enumerate(records, start=done + 1):
-        yield _fill(text_config.template, record, f'{path}: row {row}')
-      done += len(records)
-
-
-_READERS = {
-  'jsonl': _read_jsonl,
-  'text': _read_text,
-  'parquet': _read_parquet,
-}
-
-
-def _decode(data: bytes, path: str, line: int) -> str:
-  """Decodes what starts at `line` of the file, less a byte order mark."""
-  try:
-    return data.decode('utf-8').removeprefix('\ufeff')
-  except UnicodeDecodeError as e:
-    line += data.count(b'\n', 0, e.start)
-    offset = e.start - data.rfind(b'\n', 0, e.start) - 1
-    raise config.UserError(
-      f'{path}:{line}: not UTF-8 at byte {offset} of the line'
-    ) from e
-
-
-def _check_fields(
-  names: Iterable[str], present: Collection[str], where: str
-) -> None:
-  for name in names:
-    if name not in present:
-      raise config.UserError(
-        f'{where}: no field {name!r}; present: {", ".join(present) or "none"}'
-      )
-
-
-def _fill(template: str, record: Mapping[str, Any], where: str) -> str:
+def _fill(template: str, record: records.Record, where: str) -> str:
   """Puts the record's fields into the template, checking each."""
   names = template_fields(template)
-  _check_fields(names, record, where)
-  values = {}
-  for name in names:
-    value = record[name]
-    if not isinstance(value, str | int) or isinstance(value, bool):
-      raise config.UserError(
-        f'{where}: field {name!r} is a {type(value).__name__}, it must be text'
-      )
-    values[name] = value
-  document = template.format_map(values)
-  try:
-    document.encode()
-  except UnicodeEncodeError as e:
-    raise config.UserError(
-      f'{where}: a lone surrogate (\\ud800-\\udfff) is not Unicode text'
-    ) from e
-  return document
+  return template.format_map(
+    {name: records.text_of(record, name, where) for name in names}
+  )
