@@ -16,6 +16,8 @@ def get_config() -> ml_collections.ConfigDict:
         'maximum': 100,
         'languages': ('en', 'zh'),
       },
+      'template': 'plain',
+      'rule': 'tokens',
       'num_problems': 1000,  # Distinct held-out problems.
       'num_samples': 16,  # k, as R1-Zero's cons@16.
       'max_prompt_tokens': 12,

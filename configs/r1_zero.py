@@ -20,6 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
         'maximum': 100,
         'languages': ('en', 'zh'),
       },
+      'template': 'plain',
       'eval_problems': 1000,  # Held-out, greedy.
       'rollout': {
         'num_prompts': 32,  # R1-Zero.

@@ -1,4 +1,4 @@
-"""Documents packed into rows, with random access to every row."""
+"""Sequences of tokens packed into rows, with random access to every row."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -12,7 +12,7 @@ _OPEN_ROWS = 32
 class Tokenizer(Protocol):
   """What packing needs of a tokenizer."""
 
-  bos_id: int
+  bos_id: int | None
   eos_id: int
   pad_id: int
 
@@ -21,18 +21,18 @@ class Tokenizer(Protocol):
 
 
 class PackedRows:
-  """Rows of `row_length` tokens holding whole documents where they fit.
+  """Rows of `row_length` tokens holding whole sequences where they fit.
 
-  A document is [bos] + ids + [eos]. One longer than a row is cut into pieces,
-  each a segment of its own with positions from 0; a later piece starts with
-  the last token of the one before, as context only, so that every token but
-  <bos> is predicted exactly once.
+  A sequence longer than a row is cut into pieces, each a segment of its own
+  with positions from 0; a later piece starts with the last token of the one
+  before, as context only, so that every token but the first is predicted
+  exactly once.
 
   The packing is drawn once from the seed; what changes from epoch to epoch is
   the order of the rows, which is `loader.RowSource`'s to draw.
 
   Attributes:
-    num_documents: Documents in all rows together.
+    num_documents: Sequences in all rows together.
     num_bytes: UTF-8 bytes of their texts. Bits per byte of one pass over the
       rows = (sum of nats over mask 1) / ln 2 / num_bytes; the nats of <eos>
       are counted in, its zero bytes are not.
@@ -40,39 +40,37 @@ class PackedRows:
 
   def __init__(
     self,
-    documents: Sequence[str],
-    tokenizer: Tokenizer,
+    sequences: Sequence[Sequence[int]],
     *,
+    pad_id: int,
     row_length: int,
     seed: int | None,
+    targets: Sequence[Sequence[bool]] | None = None,
+    num_bytes: int = 0,
   ):
-    """Tokenises and packs.
+    """Packs tokens.
 
     Args:
-      documents: Texts.
-      tokenizer: Gives ids, bos_id, eos_id and pad_id.
+      sequences: Ids of each.
+      pad_id: Fills up rows.
       row_length: Tokens of a row, at least 2.
-      seed: Of the order in which documents are packed; None keeps theirs.
+      seed: Of the order in which sequences are packed; None keeps theirs.
+      targets: Which tokens to learn; all, if not given. A sequence's first
+        token never is.
+      num_bytes: See above.
     """
     if row_length < 2:
       raise ValueError(f'row_length={row_length} must be at least 2')
-    self.num_documents = len(documents)
-    self.num_bytes = sum(len(text.encode()) for text in documents)
-    self._row_length = row_length
-    self._pad_id = tokenizer.pad_id
-    encoded = tokenizer.encode_batch(list(documents))
+    self.num_documents, self.num_bytes = len(sequences), num_bytes
+    self._row_length, self._pad_id = row_length, pad_id
+    order = range(len(sequences))
     if seed is not None:
-      order = np.random.default_rng(seed).permutation(len(encoded))
-      encoded = [encoded[i] for i in order]
-    self._tokens_N = np.array(
-      [
-        token
-        for ids in encoded
-        for token in (tokenizer.bos_id, *ids, tokenizer.eos_id)
-      ],
-      np.int32,
-    )
-    lengths = np.array([len(ids) + 2 for ids in encoded], np.int64)
+      order = np.random.default_rng(seed).permutation(len(sequences)).tolist()
+    self._tokens_N = _concatenate(sequences, order, np.int32)
+    self._target_N = None
+    if targets is not None:
+      self._target_N = _concatenate(targets, order, np.float32)
+    lengths = np.array([len(sequences[i]) for i in order], np.int64)
     self._pieces_M2 = split(lengths, row_length)
     self._rows = first_fit(
       self._pieces_M2[:, 1] - self._pieces_M2[:, 0], row_length
@@ -95,11 +93,38 @@ class PackedRows:
       start, stop = self._pieces_M2[piece]
       end = begin + stop - start
       row['tokens'][begin:end] = self._tokens_N[start:stop]
-      row['mask'][begin + 1 : end] = 1
+      row['mask'][begin + 1 : end] = (
+        1 if self._target_N is None else self._target_N[start + 1 : stop]
+      )
       row['segment'][begin:end] = segment
       row['position'][begin:end] = np.arange(stop - start)
       begin = end
     return row
+
+
+def pack_documents(
+  documents: Sequence[str],
+  tokenizer: Tokenizer,
+  *,
+  row_length: int,
+  seed: int | None,
+) -> PackedRows:
+  """Packs texts as [bos] + ids + [eos]; without bos if there is none."""
+  bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+  encoded = tokenizer.encode_batch(list(documents))
+  return PackedRows(
+    [[*bos, *ids, tokenizer.eos_id] for ids in encoded],
+    pad_id=tokenizer.pad_id,
+    row_length=row_length,
+    seed=seed,
+    num_bytes=sum(len(text.encode()) for text in documents),
+  )
+
+
+def _concatenate(parts, order, dtype) -> np.ndarray:
+  return np.fromiter(
+    (value for i in order for value in parts[i]), dtype, count=-1
+  )
 
 
 def split(length_N: np.ndarray, row_length: int) -> np.ndarray:

@@ -57,7 +57,7 @@ def make_rows(
 
   Args:
     text_config: What to read.
-    tokenizer: See `packing.PackedRows`.
+    tokenizer: See `packing.pack_documents`.
     row_length: Tokens of a row.
     seed: Of the packing order; None keeps the order of the files.
     split: 'train' or 'held_out'.
@@ -74,7 +74,9 @@ def make_rows(
       f'the {split} split is empty: held_out_fraction={fraction} of '
       f'{len(documents)} documents from {", ".join(text_config.paths)}'
     )
-  return packing.PackedRows(chosen, tokenizer, row_length=row_length, seed=seed)
+  return packing.pack_documents(
+    chosen, tokenizer, row_length=row_length, seed=seed
+  )
 
 
 def is_held_out(document: str, fraction: float) -> bool:

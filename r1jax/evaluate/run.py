@@ -8,10 +8,9 @@ import numpy as np
 
 from r1jax import types
 from r1jax.data import question as question_lib
-from r1jax.data import tokenizer as tokenizer_lib
 from r1jax.evaluate import scores
 from r1jax.parallel import sharding
-from r1jax.rl.reward import strings
+from r1jax.rl.reward import grading
 
 Generate = Callable[..., types.Rollout]
 
@@ -50,19 +49,19 @@ def sample(
   return completions
 
 
-def grade(
-  completion_ids: Sequence[int],
+def _graded(
+  completion_ids: list[int],
   question: question_lib.Question,
-  tokenizer: tokenizer_lib.Tokenizer,
+  grade: grading.Grader,
+  stop_ids: Sequence[int],
 ) -> scores.Completion:
-  """Grades one completion with the rule rewards' string twin."""
-  answer = strings.extract_answer(completion_ids, tokenizer)
+  found = grade(completion_ids, question.answer)
   return scores.Completion(
-    answer=answer,
-    correct=answer == question.answer,
-    format=strings.format_reward(completion_ids, tokenizer) == 1.0,
+    answer=found.answer,
+    correct=found.correct,
+    format=found.format,
     length=len(completion_ids),
-    finished=bool(completion_ids) and completion_ids[-1] == tokenizer.eos_id,
+    finished=bool(completion_ids) and completion_ids[-1] in stop_ids,
   )
 
 
@@ -75,7 +74,8 @@ def evaluate(
   greedy: Generate,
   variables: Any,
   mesh: jax.sharding.Mesh,
-  tokenizer: tokenizer_lib.Tokenizer,
+  grade: grading.Grader,
+  stop_ids: Sequence[int],
   num_samples: int,
   batch_size: int,
   key: jax.Array,
@@ -108,6 +108,7 @@ def evaluate(
     batch_size=batch_size,
     key=key,
   )
+  graded = lambda ids, q: _graded(ids, q, grade, stop_ids)
   results, greedy_ids = [None] * len(questions), [None] * len(questions)
   for rank, p in enumerate(order):
     q = questions[p]
@@ -117,8 +118,8 @@ def evaluate(
       gold=q.answer,
       operation=q.operation,
       language=q.language,
-      completions=tuple(grade(ids, q, tokenizer) for ids in mine),
-      greedy=grade(best[rank], q, tokenizer),
+      completions=tuple(graded(ids, q) for ids in mine),
+      greedy=graded(best[rank], q),
     )
     greedy_ids[p] = best[rank]
   return results, greedy_ids

@@ -14,12 +14,12 @@ from etils import epath
 
 from r1jax import config as config_lib
 from r1jax.data import question as question_lib
-from r1jax.data.tasks import arithmetic
 from r1jax.evaluate import run as run_lib
 from r1jax.evaluate import scores
 from r1jax.parallel import mesh as mesh_lib
-from r1jax.recipe import config_check, grpo, origin, pretrain, rollouts
+from r1jax.recipe import config_check, origin, pretrain, rollouts, tasks
 from r1jax.recipe import stage as stage_lib
+from r1jax.rl.reward import grading
 from r1jax.sampling import filters, generate
 from r1jax.train import progress
 from r1jax.train import workdir as workdir_lib
@@ -33,6 +33,8 @@ class EvaluateConfig:
     seed: Of the choice of questions and of sampling.
     tokenizer: Path of a sentencepiece model; '' for that of the workdir.
     task: Where the questions come from.
+    template: How they are asked, one of `chat.TEMPLATES`.
+    rule: How completions are graded, one of `grading.RULES`.
     num_problems: Distinct held-out questions.
     num_samples: k, completions of each, besides a greedy one.
     max_prompt_tokens: Longest prompt, bos included.
@@ -44,7 +46,9 @@ class EvaluateConfig:
 
   seed: int
   tokenizer: str
-  task: arithmetic.ArithmeticConfig
+  task: tasks.TaskConfig
+  template: str
+  rule: str
   num_problems: int
   num_samples: int
   max_prompt_tokens: int
@@ -54,6 +58,10 @@ class EvaluateConfig:
   mesh: mesh_lib.MeshConfig
 
   def __post_init__(self):
+    if self.rule not in grading.RULES:
+      raise ValueError(
+        f'rule={self.rule!r}, it must be one of {", ".join(grading.RULES)}'
+      )
     for name in ('num_problems', 'num_samples', 'batch_size'):
       if getattr(self, name) < 1:
         raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
@@ -85,10 +93,10 @@ def run(
     config.max_prompt_tokens + config.max_new_tokens,
     model,
   )
-  problems = arithmetic.evaluation_problems(
-    config.task, config.num_problems, config.seed
+  task = tasks.make_task(
+    config.task, seed=config.seed, render=tasks.renderer(config.template)
   )
-  questions = [grpo.to_question(p) for p in problems]
+  questions = task.held_out(config.num_problems, config.seed)
   prompt_PT, length_P = rollouts.encode_prompts(
     questions, tokenizer, config.max_prompt_tokens
   )
@@ -98,7 +106,7 @@ def run(
     mesh,
     max_new_tokens=config.max_new_tokens,
     sampling=sampling,
-    stop_ids=(tokenizer.eos_id,),
+    stop_ids=tokenizer.stop_ids,
     pad_id=tokenizer.pad_id,
   )
   with _shown_calls(config) as shown:
@@ -110,7 +118,8 @@ def run(
       greedy=shown(make(filters.SamplingConfig(temperature=0.0))),
       variables=variables,
       mesh=mesh,
-      tokenizer=tokenizer,
+      grade=grading.make_grader(config.rule, tokenizer),
+      stop_ids=tokenizer.stop_ids,
       num_samples=config.num_samples,
       batch_size=config.batch_size,
       key=jax.random.key(config.seed),

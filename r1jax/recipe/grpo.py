@@ -11,16 +11,20 @@ from etils import epath
 
 from r1jax import config as config_lib
 from r1jax import types
-from r1jax.data import corpus
-from r1jax.data import question as question_lib
 from r1jax.data import tokenizer as tokenizer_lib
-from r1jax.data.tasks import arithmetic
 from r1jax.losses import token
 from r1jax.model import config as model_config
 from r1jax.model import transformer
 from r1jax.parallel import mesh as mesh_lib
 from r1jax.parallel import sharding
-from r1jax.recipe import config_check, origin, pretrain, rollouts, samples
+from r1jax.recipe import (
+  config_check,
+  origin,
+  pretrain,
+  rollouts,
+  samples,
+  tasks,
+)
 from r1jax.recipe import stage as stage_lib
 from r1jax.rl import advantage, grpo
 from r1jax.sampling import filters
@@ -70,6 +74,7 @@ class GrpoConfig:
     init_from: Workdir of the model to start from.
     tokenizer: Path of a sentencepiece model; '' for that of `init_from`.
     task: Where the questions come from.
+    template: How they are asked, one of `chat.TEMPLATES`.
     eval_problems: Held-out questions that are answered greedily every
       `train.eval_every` steps and at the end; 0 for no evaluation.
     rollout: Sampling.
@@ -82,7 +87,8 @@ class GrpoConfig:
   seed: int
   init_from: str
   tokenizer: str
-  task: arithmetic.ArithmeticConfig
+  task: tasks.TaskConfig
+  template: str
   eval_problems: int
   rollout: rollouts.RolloutConfig
   loss: LossConfig
@@ -165,16 +171,6 @@ def make_loss(
   return loss_fn
 
 
-def to_question(problem: arithmetic.Problem) -> question_lib.Question:
-  """An arithmetic problem as reinforcement learning asks it."""
-  return question_lib.Question(
-    prompt=arithmetic.prompt(problem),
-    answer=arithmetic.answer(problem),
-    operation=problem.operation,
-    language=problem.language,
-  )
-
-
 def run(
   config: GrpoConfig,
   workdir: str,
@@ -215,7 +211,9 @@ def run(
     batch = sharding.put_batch(mesh, _example_batch(config.rollout))
     sizes = stage.dry_run(loss_fn, batch)
     return sizes | _sampler_sizes(stage, config.rollout, tokenizer)
-  problems = corpus.PromptSource(config.task, seed=config.seed)
+  task = tasks.make_task(
+    config.task, seed=config.seed, render=tasks.renderer(config.template)
+  )
   writer = samples.SampleWriter(epath.Path(workdir))
 
   def make_source(write):
@@ -224,7 +222,7 @@ def run(
       model,
       mesh,
       tokenizer,
-      lambda index: to_question(problems[index]),
+      task.training,
       advantage=ADVANTAGES[config.loss.advantage],
       use_reference=config.loss.kl_coef > 0,
       seed=config.seed,
@@ -239,7 +237,7 @@ def run(
     resolved,
     loss_fn=loss_fn,
     make_source=make_source,
-    evaluate=_make_held_out(config, model, mesh, tokenizer),
+    evaluate=_make_held_out(config, task, model, mesh, tokenizer),
   )
 
 
@@ -272,6 +270,7 @@ def _sampler_sizes(
 
 def _make_held_out(
   config: GrpoConfig,
+  task: tasks.Task,
   model: model_config.ModelConfig,
   mesh: jax.sharding.Mesh,
   tokenizer: tokenizer_lib.Tokenizer,
@@ -283,16 +282,10 @@ def _make_held_out(
   if not config.eval_problems:
     return None
   rollout = config.rollout
-  questions = [
-    to_question(problem)
-    for problem in arithmetic.evaluation_problems(
-      config.task, config.eval_problems, seed=0
-    )
-  ]
+  questions = task.held_out(config.eval_problems, 0)
   prompts = rollouts.encode_prompts(
     questions, tokenizer, rollout.max_prompt_tokens
   )
-  answer_PA = rollouts.encode_answers(questions)
   greedy = rollouts.make_sampler(
     rollout,
     model,
@@ -305,7 +298,7 @@ def _make_held_out(
 
   def evaluate(variables: Any) -> dict[str, float]:
     best = greedy(variables, *sharding.put_batch(mesh, prompts), key)
-    scores = jax.device_get(score(best, answer_PA))
+    scores = jax.device_get(score(best, questions))
     return {
       'eval/greedy': float(scores['accuracy'].mean()),
       'eval/format': float(scores['format'].mean()),

@@ -16,7 +16,7 @@ from r1jax.model import config as model_config
 from r1jax.model import transformer
 from r1jax.parallel import sharding
 from r1jax.rl import packing
-from r1jax.rl.reward import rule, strings
+from r1jax.rl.reward import grading, rule, strings
 from r1jax.sampling import filters, generate
 
 # Characters of the longest answer, its sign included.
@@ -34,6 +34,7 @@ class RolloutConfig:
     max_new_tokens: Longest completion, the stop token included.
     sampling: Temperature; top_k and top_p must keep all tokens.
     num_minibatches: Optimizer steps per rollout; divides the groups trained.
+    rule: How completions are graded, one of `grading.RULES`.
     max_rollouts: Sample up to this many rollouts until `num_prompts` groups
       have rewards that differ; 1 trains on every rollout as it comes.
     row_length: Tokens of a packed training row.
@@ -57,8 +58,13 @@ class RolloutConfig:
   accuracy_weight: float
   gap_every: int
   samples_every: int
+  rule: str = 'tokens'
 
   def __post_init__(self):
+    if self.rule not in grading.RULES:
+      raise ValueError(
+        f'rule={self.rule!r}, it must be one of {", ".join(grading.RULES)}'
+      )
     if self.group_size < 2:
       raise ValueError(
         f'group_size={self.group_size} must be at least 2: the advantage '
@@ -133,18 +139,37 @@ def make_sampler(
     mesh,
     max_new_tokens=config.max_new_tokens,
     sampling=sampling or config.sampling,
-    stop_ids=(tokenizer.eos_id,),
+    stop_ids=tokenizer.stop_ids,
     pad_id=tokenizer.pad_id,
   )
 
 
+Score = Callable[
+  [types.Rollout, Sequence[question_lib.Question]], dict[str, Any]
+]
+
+
 def make_score(
   tokenizer: tokenizer_lib.Tokenizer, config: RolloutConfig
-) -> Callable[..., dict[str, jax.Array]]:
-  """Builds a jitted (rollout, answer_PA) -> rewards on device.
+) -> Score:
+  """Builds (rollout, its P questions) -> rewards by the config's rule.
 
-  Returns a dict of [P, G]: 'reward' (what is trained on), 'accuracy', 'format'.
+  Returns a dict of [P, G]: 'reward' (what is trained on), 'accuracy',
+  'format'; arrays on the device if the rule reads tokens.
+
+  Raises:
+    UserError: The tokenizer cannot tell what the rule asks for.
   """
+  try:
+    if config.rule == 'tokens':
+      return _make_device_score(tokenizer, config)
+    return _make_host_score(tokenizer, config)
+  except ValueError as e:
+    raise config_lib.UserError(f'rollout.rule: {e}') from e
+
+
+def _make_device_score(tokenizer, config):
+  grading.check_tags(tokenizer)
   vocabulary = rule.make_vocabulary(tokenizer)
 
   @jax.jit
@@ -156,15 +181,38 @@ def make_score(
       tokens_PGT, mask_PGT, answer_PA[:, None], vocabulary
     )
     format_PG = rule.format_reward(tokens_PGT, mask_PGT, vocabulary)
-    reward_PG = config.accuracy_weight * accuracy_PG
-    reward_PG += config.format_weight * format_PG
-    return {
-      'reward': reward_PG,
-      'accuracy': accuracy_PG,
-      'format': format_PG,
-    }
+    return _rewards(accuracy_PG, format_PG, config)
+
+  return lambda rollout, questions: score(rollout, encode_answers(questions))
+
+
+def _make_host_score(tokenizer, config):
+  grade = grading.make_grader(config.rule, tokenizer)
+
+  def score(rollout, questions):
+    tokens_BT, first_B, end_B = jax.device_get(
+      (rollout.tokens_BT, rollout.prompt_length_B, rollout.length_B)
+    )
+    group = len(tokens_BT) // len(questions)
+    grades = [
+      grade(row_T[first:end].tolist(), questions[i // group].answer)
+      for i, (row_T, first, end) in enumerate(
+        zip(tokens_BT, first_B, end_B, strict=True)
+      )
+    ]
+    accuracy_PG, format_PG = (
+      np.reshape(values, (len(questions), group)).astype(np.float32)
+      for values in ([g.correct for g in grades], [g.format for g in grades])
+    )
+    return _rewards(accuracy_PG, format_PG, config)
 
   return score
+
+
+def _rewards(accuracy_PG, format_PG, config):
+  reward_PG = config.accuracy_weight * accuracy_PG
+  reward_PG += config.format_weight * format_PG
+  return {'reward': reward_PG, 'accuracy': accuracy_PG, 'format': format_PG}
 
 
 def encode_answers(questions: Sequence[question_lib.Question]) -> np.ndarray:
@@ -179,6 +227,8 @@ def encode_prompts(
 ) -> tuple[np.ndarray, np.ndarray]:
   """Tokens [P, width] (bos first, right-padded) and lengths [P] of prompts.
 
+  A prompt that begins with bos, as templates write it, gets no other one.
+
   Raises:
     UserError: A prompt is longer than the width.
   """
@@ -186,15 +236,22 @@ def encode_prompts(
   length_P = np.zeros(len(questions), np.int32)
   encoded = tokenizer.encode_batch([q.prompt for q in questions])
   for i, ids in enumerate(encoded):
-    if len(ids) + 1 > width:
+    ids = with_bos(ids, tokenizer)
+    if len(ids) > width:
       raise config_lib.UserError(
-        f'prompt {questions[i].prompt!r} has {len(ids) + 1} tokens, '
+        f'prompt {questions[i].prompt!r} has {len(ids)} tokens, '
         f'max_prompt_tokens is {width}'
       )
-    tokens_PT[i, 0] = tokenizer.bos_id
-    tokens_PT[i, 1 : len(ids) + 1] = ids
-    length_P[i] = len(ids) + 1
+    tokens_PT[i, : len(ids)] = ids
+    length_P[i] = len(ids)
   return tokens_PT, length_P
+
+
+def with_bos(ids: list[int], tokenizer: tokenizer_lib.Tokenizer) -> list[int]:
+  """Puts bos first, unless it is there or the tokenizer has none."""
+  if tokenizer.bos_id is None or ids[:1] == [tokenizer.bos_id]:
+    return ids
+  return [tokenizer.bos_id, *ids]
 
 
 class GrpoSource:
@@ -321,7 +378,6 @@ class GrpoSource:
     prompt_PT, length_P = encode_prompts(
       questions, self._tokenizer, c.max_prompt_tokens
     )
-    answer_PA = encode_answers(questions)
     prompt_BT, length_B = sharding.put_batch(
       self._mesh,
       (
@@ -331,7 +387,7 @@ class GrpoSource:
     )
     key = jax.random.fold_in(self._key, index)
     rollout = self._generate(variables, prompt_BT, length_B, key)
-    score = self._score(rollout, answer_PA)
+    score = self._score(rollout, questions)
     rollout, score = jax.device_get((rollout, score))
     if c.samples_every and index % c.samples_every == 0:
       self._write_samples(step, self._examples(questions, rollout, score))

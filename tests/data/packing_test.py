@@ -18,7 +18,7 @@ class _Tokenizer:
 
 
 def _rows(documents, row_length, seed=None):
-  rows = packing.PackedRows(
+  rows = packing.pack_documents(
     documents, _Tokenizer(), row_length=row_length, seed=seed
   )
   return rows, [rows[i] for i in range(len(rows))]

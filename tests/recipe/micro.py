@@ -103,6 +103,7 @@ def grpo_dict(init_from: str, /, **changes) -> dict[str, Any]:
     'init_from': init_from,
     'tokenizer': '',
     'task': {'maximum': 100},
+    'template': 'plain',
     'eval_problems': 0,
     'rollout': dataclasses.asdict(rollout()),
     'loss': dataclasses.asdict(policy_loss()),
