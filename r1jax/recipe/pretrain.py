@@ -96,7 +96,7 @@ def load_tokenizer(
   return tokenizer
 
 
-class _MeshSource:
+class MeshSource:
   """Moves the batches of a host source onto the mesh."""
 
   def __init__(self, source: loader.RowSource, mesh: jax.sharding.Mesh):
@@ -127,7 +127,8 @@ def run(
     mesh,
     num_microbatches=config.train.num_microbatches,
   )
-  train_rows, held_out_rows, num_bytes = _make_rows(config, tokenizer)
+  train_rows, held_out_rows = _make_rows(config, tokenizer)
+  is_text = isinstance(config.data, text.TextConfig)
   stage = stage_lib.Stage(
     workdir=epath.Path(workdir),
     model=config.model,
@@ -147,11 +148,11 @@ def run(
 
   def make_source(write):
     del write
-    return _MeshSource(
+    return MeshSource(
       loader.RowSource(
         train_rows,
         batch_size=config.batch_size,
-        shuffle_seed=config.seed if num_bytes else None,
+        shuffle_seed=config.seed if is_text else None,
         host_index=jax.process_index(),
         host_count=jax.process_count(),
         reduce=sharding.sum_over_processes,
@@ -166,14 +167,16 @@ def run(
     config_lib.to_dict(config),
     loss_fn=loss_fn,
     make_source=make_source,
-    evaluate=_make_held_out(config, held_out_rows, num_bytes, mesh),
+    evaluate=make_held_out(
+      config.model, held_out_rows, config.batch_size, mesh
+    ),
   )
 
 
 def _make_rows(config: PretrainConfig, tokenizer: tokenizer_lib.Tokenizer):
-  """Training rows, held-out rows, and the bytes of the latter (0: no text)."""
+  """Training rows and held-out rows."""
   if isinstance(config.data, text.TextConfig):
-    train, held_out = (
+    return tuple(
       text.make_rows(
         config.data,
         tokenizer,
@@ -183,8 +186,7 @@ def _make_rows(config: PretrainConfig, tokenizer: tokenizer_lib.Tokenizer):
       )
       for split in ('train', 'held_out')
     )
-    return train, held_out, held_out.num_bytes
-  train, held_out = (
+  return tuple(
     corpus.ArithmeticCorpus(
       config.data,
       tokenizer,
@@ -195,13 +197,21 @@ def _make_rows(config: PretrainConfig, tokenizer: tokenizer_lib.Tokenizer):
     )
     for is_held_out in (False, True)
   )
-  return train, held_out, 0
 
 
-def _make_held_out(config, rows, num_bytes, mesh):
-  """Builds evaluate(variables) -> metrics over all held-out rows."""
-  batches = loader.evaluation_batches(rows, config.batch_size)
-  sums_of = jax.jit(make_evaluate(config.model))
+def make_held_out(
+  model: model_config.ModelConfig,
+  rows: Any,
+  batch_size: int,
+  mesh: jax.sharding.Mesh,
+) -> Callable[[Any], dict[str, float]]:
+  """Builds evaluate(variables) -> metrics over all held-out rows.
+
+  With 'eval/bits_per_byte' where the rows know their bytes.
+  """
+  batches = loader.evaluation_batches(rows, batch_size)
+  num_bytes = getattr(rows, 'num_bytes', 0)
+  sums_of = jax.jit(make_evaluate(model))
 
   def evaluate(variables):
     total = None

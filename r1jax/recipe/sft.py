@@ -1,0 +1,145 @@
+"""Supervised finetuning on conversations: loss on the assistant's tokens."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from etils import epath
+
+from r1jax import config as config_lib
+from r1jax.data import conversation, loader
+from r1jax.model import config as model_config
+from r1jax.parallel import mesh as mesh_lib
+from r1jax.parallel import sharding
+from r1jax.recipe import config_check, origin, pretrain
+from r1jax.recipe import stage as stage_lib
+from r1jax.train import optimizer
+from r1jax.train import state as state_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class SftConfig:
+  """A finetuning run.
+
+  Attributes:
+    seed: Of the order of the data, and of the initialisation if there is one.
+    init_from: Workdir or Hugging Face folder to start from; '' starts from
+      random variables of `model`.
+    model: Shape of the model; None for that of `init_from`.
+    data: The conversations.
+    tokenizer: Folder of a Hugging Face tokenizer, path of a sentencepiece
+      model, or '' for that of `init_from`.
+    row_length: Tokens of a packed row, the longest conversation; samples of a
+      row do not see each other.
+    batch_size: Rows of a global batch.
+    optim: Optimizer.
+    train: Loop.
+    mesh: Devices.
+  """
+
+  seed: int
+  init_from: str
+  model: model_config.ModelConfig | None
+  data: conversation.ConversationConfig
+  tokenizer: str
+  row_length: int
+  batch_size: int
+  optim: optimizer.OptimConfig
+  train: stage_lib.TrainConfig
+  mesh: mesh_lib.MeshConfig
+
+  def __post_init__(self):
+    if bool(self.init_from) == (self.model is not None):
+      raise ValueError(
+        f'init_from={self.init_from!r} with model='
+        f'{"None" if self.model is None else "…"}: give one of them'
+      )
+
+
+def run(
+  config: SftConfig,
+  workdir: str,
+  *,
+  profile_steps: int = 0,
+  dry_run: bool = False,
+) -> state_lib.State | dict[str, Any]:
+  """Finetunes a model in a workdir, or with dry_run only compiles.
+
+  Raises:
+    UserError: What the config asks for cannot be.
+  """
+  mesh = stage_lib.make_mesh(config.mesh)
+  model, path = config.model, config.tokenizer
+  if model is None:
+    model = origin.load_model_config(config.init_from)
+    model = origin.for_mesh(model, config.init_from, mesh)
+    path = path or origin.load_tokenizer_path(config.init_from)
+  tokenizer = pretrain.load_tokenizer(path, model)
+  config_check.check_rows(
+    'batch_size',
+    config.batch_size,
+    mesh,
+    num_microbatches=config.train.num_microbatches,
+  )
+  config_check.check_length('row_length', config.row_length, model)
+  train_rows, held_out_rows = (
+    _make_rows(config, tokenizer, split) for split in ('train', 'held_out')
+  )
+  stage = stage_lib.Stage(
+    workdir=epath.Path(workdir),
+    model=model,
+    train=config.train,
+    optim=config.optim,
+    mesh=mesh,
+    seed=config.seed,
+    title='sft',
+    init_from=config.init_from,
+    profile_steps=profile_steps,
+  )
+  loss_fn = pretrain.make_loss(
+    model, mtp_coef=0.0, balance_coef=config.train.balance_coef
+  )
+
+  def make_source(write):
+    del write
+    return pretrain.MeshSource(
+      loader.RowSource(
+        train_rows,
+        batch_size=config.batch_size,
+        shuffle_seed=config.seed,
+        host_index=jax.process_index(),
+        host_count=jax.process_count(),
+        reduce=sharding.sum_over_processes,
+      ),
+      mesh,
+    )
+
+  if dry_run:
+    return stage.dry_run(loss_fn, make_source(None).next(None))
+  resolved = config_lib.to_dict(config)
+  resolved |= {'model': config_lib.to_dict(model), 'tokenizer': path}
+  return stage_lib.run(
+    stage,
+    resolved,
+    loss_fn=loss_fn,
+    make_source=make_source,
+    evaluate=pretrain.make_held_out(
+      model, held_out_rows, config.batch_size, mesh
+    ),
+  )
+
+
+def _make_rows(config: SftConfig, tokenizer: Any, split: str) -> Any:
+  rows, num_long = conversation.make_rows(
+    config.data,
+    tokenizer,
+    row_length=config.row_length,
+    seed=config.seed,
+    split=split,
+  )
+  if num_long and jax.process_index() == 0:
+    print(
+      f'{num_long} of {num_long + rows.num_documents} conversations ({split}) '
+      f'are longer than row_length={config.row_length} tokens: left out'
+    )
+  return rows
