@@ -1,6 +1,5 @@
 """Tests of Hugging Face tokenizers: against the library, and round trips."""
 
-import gzip
 import json
 from importlib import resources
 
@@ -53,10 +52,7 @@ def qwen(tmp_path_factory) -> hf_tokenizer.HfTokenizer:
 @pytest.fixture(scope='module')
 def r1_files(shared_data) -> tuple[str, dict]:
   """The text of the real tokenizer.json, and tokenizer_config.json."""
-  folder = shared_data / 'deepseek_r1_tokenizer'
-  with gzip.open(folder / 'tokenizer.json.gz', 'rt', encoding='utf-8') as f:
-    model = f.read()
-  return model, json.loads((folder / 'tokenizer_config.json').read_text())
+  return tiny_tokenizer.read_r1(shared_data / 'deepseek_r1_tokenizer')
 
 
 @pytest.fixture(scope='module')

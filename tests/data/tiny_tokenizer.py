@@ -1,5 +1,6 @@
 """Tokenizer folders of the Hugging Face kind, trained in a moment."""
 
+import gzip
 import json
 import pathlib
 from collections.abc import Sequence
@@ -77,3 +78,11 @@ def write_qwen(folder: pathlib.Path) -> pathlib.Path:
     },
     generation_config={'eos_token_id': [2, 0]},
   )
+
+
+def read_r1(folder: pathlib.Path) -> tuple[str, dict[str, Any]]:
+  """The text of the real tokenizer.json, and tokenizer_config.json."""
+  with gzip.open(folder / 'tokenizer.json.gz', 'rt', encoding='utf-8') as f:
+    model = f.read()
+  settings = (folder / 'tokenizer_config.json').read_text(encoding='utf-8')
+  return model, json.loads(settings)
