@@ -24,6 +24,7 @@ class Tokenizer:
     eos_id: Ends a document.
     bos_id: Begins a document.
     unk_id: Never produced, since unknown characters fall back to bytes.
+    stop_ids: Only eos_id; other tokenizers may have several.
     think_id: '<think>', and so on for the other three tags.
     end_think_id: '</think>'.
     answer_id: '<answer>'.
@@ -46,6 +47,7 @@ class Tokenizer:
     self.vocab_size: int = processor.get_piece_size()
     self.pad_id: int = processor.pad_id()
     self.eos_id: int = processor.eos_id()
+    self.stop_ids: tuple[int, ...] = (self.eos_id,)
     self.bos_id: int = processor.bos_id()
     self.unk_id: int = processor.unk_id()
     tags = [processor.piece_to_id(tag) for tag in TAGS]
