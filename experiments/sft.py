@@ -1,7 +1,8 @@
 """Finetunes a model on conversations.
 
   python -m experiments.sft --config=configs/sft.py \
-      --config.init_from=DIR --config.data.paths='("chats.jsonl",)' --workdir=DIR
+      --config.init_from=DIR --config.data.paths="('chats.jsonl',)" \
+      --workdir=DIR
 """
 
 from absl import flags

@@ -89,7 +89,9 @@ def make_rows(
       continue
     sequences.append(ids)
     targets.append(mask)
-    num_bytes += sum(len(part.encode()) for part, is_target in segments if is_target)
+    num_bytes += sum(
+      len(part.encode()) for part, is_target in segments if is_target
+    )
   if not sequences:
     raise config_lib.UserError(
       f'the {split} split is empty: {num_long} conversations are longer than '
@@ -122,6 +124,8 @@ def tokenize(
     mask += [is_target] * len(part_ids)
   if tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
     ids, mask = [tokenizer.bos_id, *ids], [False, *mask]
+  while not mask[-1]:  # What stands behind the last turn teaches nothing.
+    ids, mask = ids[:-1], mask[:-1]
   if ids[-1] not in tokenizer.stop_ids:  # Templates without an end of turn.
     ids, mask = [*ids, tokenizer.eos_id], [*mask, True]
   return ids, mask
@@ -136,7 +140,9 @@ def read(config: ConversationConfig) -> Iterator[list[chat.Message]]:
   """
   for path in records.expand(config.paths):
     fields = (
-      (config.messages,) if config.messages else (config.question, config.answer)
+      (config.messages,)
+      if config.messages
+      else (config.question, config.answer)
     )
     count = 0
     for where, record in records.read(path, config.format, fields=fields):

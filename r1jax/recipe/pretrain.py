@@ -11,7 +11,7 @@ from etils import epath
 
 from r1jax import config as config_lib
 from r1jax import types
-from r1jax.data import corpus, loader, text
+from r1jax.data import corpus, hf_tokenizer, loader, text
 from r1jax.data import tokenizer as tokenizer_lib
 from r1jax.losses import token
 from r1jax.model import config as model_config
@@ -79,15 +79,13 @@ class PretrainConfig:
 
 def load_tokenizer(
   path: str, model: model_config.ModelConfig
-) -> tokenizer_lib.Tokenizer:
+) -> tokenizer_lib.Tokenizer | hf_tokenizer.HfTokenizer:
   """The tokenizer of a run, checked against its model.
 
   Raises:
     UserError: No such file, or more ids than the model has.
   """
-  tokenizer = (
-    tokenizer_lib.Tokenizer.load(path) if path else tokenizer_lib.default()
-  )
+  tokenizer = hf_tokenizer.load_tokenizer(path)
   if tokenizer.vocab_size > model.vocab_size:
     raise config_lib.UserError(
       f'model.vocab_size={model.vocab_size} is smaller than the '

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from r1jax import config as config_lib
-from r1jax.data import corpus
+from r1jax.data import chat, corpus
 from r1jax.data import question as question_lib
 from r1jax.data.tasks import arithmetic, question_file
 
@@ -50,6 +50,21 @@ def make_task(
       )
     case question_file.QuestionFileConfig():
       return _make_file_task(config, seed, render)
+
+
+def renderer(template: str) -> Callable[[str], str]:
+  """Writes a question as a chat template does, up to where the answer begins.
+
+  Raises:
+    UserError: There is no such template.
+  """
+  try:
+    chat.find(template)
+  except ValueError as e:
+    raise config_lib.UserError(str(e)) from e
+  return lambda question: chat.render(
+    [chat.Message('user', question)], template=template
+  )
 
 
 def to_question(
