@@ -151,7 +151,7 @@ def test_qwen3_s_generation_prompt(thinking, question, opened):
     (('Q /think',), '/no_think', True),
     (('/no_think Q', 'A', 'R /think and /no_think.'), None, False),
     (('Q /no_think', 'A /think', 'R'), None, False),
-    (('Q/no_think', 'A', '为什么/think'), None, True),
+    (('Q /no_think', 'A', '为什么/think'), None, True),
     (('Q /no_think', 'A', 'what is </think>?'), None, False),
     (('Q /no_think', 'A', 'see /think/tank and a/think'), None, False),
     (('Q /no_think', 'A', '/thinking and /no_thinking'), None, False),
@@ -205,9 +205,21 @@ def test_qwen3_keeps_thinking_across_the_answers_of_tools():
   head = f'<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n{_THOUGHT}'
   text = chat.render(_talk('Q', _THOUGHT, result), template='qwen3')
   assert text.startswith(head)
+  # One tag alone makes no answer of a tool.
+  for question in ('<tool_response>', '82</tool_response>'):
+    text = chat.render(_talk('Q', _THOUGHT, question), template='qwen3')
+    assert not text.startswith(head)
   # A turn without thinking gets no empty block unless it is the last.
   text = chat.render(_talk('Q', 'A', result), template='qwen3')
   assert '<|im_start|>assistant\nA<|im_end|>\n' in text
+
+
+def test_qwen3_keeps_no_thinking_where_there_is_no_question():
+  messages = [chat.Message('system', 'S'), chat.Message('assistant', _THOUGHT)]
+  text = chat.render(messages, template='qwen3', add_generation_prompt=False)
+  assert text == (
+    '<|im_start|>system\nS<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n'
+  )
 
 
 # ---- One question ---------------------------------------------------------
@@ -280,6 +292,12 @@ def test_segments_of_one_question(template):
   segments = chat.render_segments(_talk('Q', _THOUGHT), template=template)
   prompt = chat.render(_talk('Q'), template=template)
   assert segments == [(prompt, False), (_THOUGHT, True)]
+
+
+def test_no_segment_is_empty():
+  render = lambda *turns: chat.render_segments(_talk(*turns), template='plain')
+  assert render('', 'A') == [('A', True)]
+  assert render('Q', '') == [('Q', False)]
 
 
 @pytest.mark.parametrize(

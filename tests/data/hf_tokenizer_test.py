@@ -117,6 +117,19 @@ def test_added_tokens_print_as_they_are_written():
   assert tok.decode(tok.encode('<é><a b>é')) == '<é><a b>é'
 
 
+def test_a_piece_that_nothing_is_encoded_to():
+  values = json.loads(tiny_tokenizer.byte_level(['</s>']).to_str())
+  vocab = values['model']['vocab']
+  first = len(vocab)
+  vocab |= {'<think>': first, 'no bytes': first + 1, 'gap': first + 5}
+  tok = hf_tokenizer.HfTokenizer(json.dumps(values), {'eos_token': '</s>'})
+  assert tok.think_id is None
+  assert tok.vocab_size == first + 6
+  ids = range(first, first + 6)
+  assert tok.decode(ids) == '<think>no bytesgap'
+  assert tok.id_to_piece(first + 2) == f'<{first + 2}>'
+
+
 # ---- Special ids ----------------------------------------------------------
 
 
@@ -143,6 +156,15 @@ def test_decode_skips_control_ids_and_ids_past_the_vocabulary(deepseek):
   assert deepseek.bytes_of(0) == deepseek.bytes_of(past) == b''
   assert deepseek.id_to_piece(0) == tiny_tokenizer.DEEPSEEK[0]
   assert str(past) in deepseek.id_to_piece(past)
+
+
+def test_a_token_that_the_settings_name_prints_nothing():
+  model = tiny_tokenizer.byte_level(['</s>'], ['<pad>', '<tool>'])
+  tok = hf_tokenizer.HfTokenizer(
+    model.to_str(), {'eos_token': '</s>', 'pad_token': '<pad>'}
+  )
+  assert tok.decode(tok.encode('1<pad><tool>2')) == '1<tool>2'
+  assert tok.pad_id == tok.encode('<pad>')[0]
 
 
 def test_all_four_tags_print_even_as_special_tokens():
