@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from r1jax import config as config_lib
-from r1jax.data import chat, packing, records, text
+from r1jax.data import chat, chat_tokens, packing, records, text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,9 @@ def make_rows(
     whole = ''.join(part for part, _ in segments)
     if text.is_held_out(whole, config.held_out_fraction) != wants_held_out:
       continue
-    ids, mask = tokenize(segments, tokenizer)
+    ids, mask = chat_tokens.encode_segments(
+      messages, tokenizer, template=config.template
+    )
     if len(ids) > row_length:
       num_long += 1
       continue
@@ -107,28 +109,6 @@ def make_rows(
     num_bytes=num_bytes,
   )
   return rows, num_long
-
-
-def tokenize(
-  segments: list[tuple[str, bool]], tokenizer: packing.Tokenizer
-) -> tuple[list[int], list[bool]]:
-  """Ids of a conversation and which of them the assistant wrote.
-
-  Segments are encoded apart, so that no token spans what is asked and what is
-  answered: a model that completes a prompt sees the same tokens.
-  """
-  ids, mask = [], []
-  encoded = tokenizer.encode_batch([part for part, _ in segments])
-  for part_ids, (_, is_target) in zip(encoded, segments, strict=True):
-    ids += part_ids
-    mask += [is_target] * len(part_ids)
-  if tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
-    ids, mask = [tokenizer.bos_id, *ids], [False, *mask]
-  while not mask[-1]:  # What stands behind the last turn teaches nothing.
-    ids, mask = ids[:-1], mask[:-1]
-  if ids[-1] not in tokenizer.stop_ids:  # Templates without an end of turn.
-    ids, mask = [*ids, tokenizer.eos_id], [*mask, True]
-  return ids, mask
 
 
 def read(config: ConversationConfig) -> Iterator[list[chat.Message]]:

@@ -45,7 +45,8 @@ def test_a_chat_template_marks_the_turn_and_its_end(tmp_path):
   assert learnt.tolist() == tok.encode(answer)
   given = row['tokens'][(row['segment'] == 1) & (row['mask'] == 0)]
   prompt = '<|im_start|>user\nWhat is 0?<|im_end|>\n<|im_start|>assistant\n'
-  assert given.tolist() == tok.encode(prompt)
+  newline = tok.encode('\n')  # Behind the turn: given, too.
+  assert given.tolist() == tok.encode(prompt) + newline
 
 
 def test_the_assistants_tokens_and_their_end_are_learnt(tmp_path):

@@ -30,7 +30,7 @@ _PLAIN_YARN = dataclasses.replace(_YARN, mscale=0.0, mscale_all_dim=0.0)
 
 def _other_shapes():
   """Shapes of the families that no released model has."""
-  base = tiny.config()
+  base = tiny.config(max_length=128)  # What YaRN's factor says.
   a, moe = base.attention, base.moe
   change = dataclasses.replace
   yield (
@@ -89,8 +89,8 @@ def _other_shapes():
     ),
   )
   gqa = model_config.GqaConfig(
-    num_heads=6,
-    num_kv_heads=3,
+    num_heads=4,  # transformers' Llama divides its width by them.
+    num_kv_heads=2,
     head_dim=10,
     rope=change(_ROPE, interleaved=False),
   )
