@@ -28,22 +28,39 @@ _PROMPT = flags.DEFINE_string(
   'What to complete; \\n stands for a newline. Without it, every line of the '
   'standard input is a prompt.',
 )
+_TEMPLATE = flags.DEFINE_string(
+  'template',
+  'auto',
+  'How prompts are put to the model: plain, r1_zero, deepseek, qwen3, or auto: '
+  'plain for our tokenizer, for another the one whose special tokens it has.',
+)
+_SYSTEM = flags.DEFINE_string('system', '', 'System message, for templates.')
+_THINK = flags.DEFINE_bool(
+  'think',
+  True,
+  'Let the model think: deepseek opens <think> for it; --nothink leaves that '
+  'to the model, and with qwen3 closes an empty block.',
+)
 _ADD_NEWLINE = flags.DEFINE_bool(
   'add_newline',
   True,
-  'End a prompt that does not with a newline, as arithmetic prompts do.',
+  'End a plain prompt that does not with a newline, as arithmetic prompts do.',
 )
 
 
 def main() -> None:
+  from r1jax.data import hf_tokenizer
   from r1jax.recipe import origin, pretrain
   from r1jax.sampling import stream
 
   config = app.load(stream.StreamConfig)
   model = origin.load_model_config(_WORKDIR.value)
   path = origin.load_tokenizer_path(_WORKDIR.value)
-  tokenizer = pretrain.load_tokenizer(path, model)
-  encode = lambda text: encode_prompt(text, tokenizer, model.max_length)
+  template = find_template(hf_tokenizer.load_tokenizer(path))
+  tokenizer = pretrain.load_tokenizer(path, model, template=template)
+  encode = lambda text: encode_prompt(
+    text, tokenizer, template, model.max_length
+  )
   if _PROMPT.value is not None:
     encode(_PROMPT.value)  # What cannot be is said before anything is loaded.
   complete = _make_complete(model, tokenizer, config)
@@ -58,21 +75,57 @@ def main() -> None:
     complete(prompt_ids, index)
 
 
+def find_template(tokenizer: 'tokenizer_lib.Tokenizer') -> str:
+  """The template of the flag, or the one that suits the tokenizer.
+
+  Raises:
+    UserError: There is none of that name, or none that suits.
+  """
+  from r1jax.data import chat, chat_tokens
+  from r1jax.data import tokenizer as tokenizer_lib
+
+  try:
+    if _TEMPLATE.value != 'auto':
+      chat.find(_TEMPLATE.value)
+      return _TEMPLATE.value
+    if isinstance(tokenizer, tokenizer_lib.Tokenizer):
+      return 'plain'
+    return chat_tokens.detect(tokenizer)
+  except ValueError as e:
+    raise config_lib.UserError(f'--template: {e}') from e
+
+
 def encode_prompt(
-  text: str, tokenizer: 'tokenizer_lib.Tokenizer', context: int
+  text: str,
+  tokenizer: 'tokenizer_lib.Tokenizer',
+  template: str,
+  context: int,
 ) -> list[int]:
-  """Returns bos and the prompt's tokens.
+  """Returns the tokens after which the model answers.
 
   Raises:
     UserError: No text, or it leaves no room in the context of so many tokens.
   """
+  from r1jax.data import chat, chat_tokens
+
   text = text.replace('\\n', '\n')
-  if _ADD_NEWLINE.value and not text.endswith('\n'):
+  if template == 'plain' and _ADD_NEWLINE.value and not text.endswith('\n'):
     text += '\n'
+  messages = [chat.Message('user', text)]
+  if _SYSTEM.value:
+    messages.insert(0, chat.Message('system', _SYSTEM.value))
+  switches = {}
+  if not _THINK.value:
+    switches = {'deepseek': {'open_think': False}, 'qwen3': {'thinking': False}}
+    switches = switches.get(template, {})
   try:
-    ids = [tokenizer.bos_id, *tokenizer.encode(text)]
+    ids = chat_tokens.encode_prompt(
+      messages, tokenizer, template=template, **switches
+    )
   except UnicodeEncodeError as e:
     raise config_lib.UserError('the prompt is not UTF-8 text') from e
+  except ValueError as e:
+    raise config_lib.UserError(str(e)) from e
   if len(ids) >= context:
     raise config_lib.UserError(
       f'the prompt has {len(ids)} tokens, model.max_length={context} must '
@@ -103,7 +156,7 @@ def _make_complete(model, tokenizer, config: 'stream_lib.StreamConfig'):
     model,
     variables,
     sampling=config.sampling,
-    stop_ids=(tokenizer.eos_id,),
+    stop_ids=tokenizer.stop_ids,
     pad_id=tokenizer.pad_id,
   )
   console = rich.console.Console()
@@ -111,7 +164,8 @@ def _make_complete(model, tokenizer, config: 'stream_lib.StreamConfig'):
 
   def complete(prompt_ids: list[int], index: int) -> None:
     limit = config.max_new_tokens or model.max_length
-    writer = transcript.Writer(tokenizer, console)
+    is_open = tokenizer.decode(prompt_ids[-4:]).rstrip().endswith('<think>')
+    writer = transcript.Writer(tokenizer, console, is_thinking=is_open)
     token, count = None, 0
     if index:
       console.out()
@@ -119,11 +173,12 @@ def _make_complete(model, tokenizer, config: 'stream_lib.StreamConfig'):
       for token in sample(
         prompt_ids, jax.random.fold_in(key, index), max_new_tokens=limit
       ):
-        writer.write(token)
+        if token not in tokenizer.stop_ids:
+          writer.write(token)
         count += 1
     finally:
       writer.close()
-    if token != tokenizer.eos_id:
+    if token not in tokenizer.stop_ids:
       reason = 'max_new_tokens' if count == limit else 'the context is full'
       _note(f'stopped after {count} tokens: {reason}')
 

@@ -25,7 +25,10 @@ class Writer:
     self,
     tokenizer: tokenizer_lib.Tokenizer,
     console: rich.console.Console,
+    *,
+    is_thinking: bool = False,
   ):
+    """Starts a completion; `is_thinking` if its prompt opened the thinking."""
     self._tokenizer, self._console = tokenizer, console
     self._decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
     self._section = 'text'
@@ -33,6 +36,9 @@ class Writer:
     t = tokenizer
     self._opening = {t.think_id: 'thinking', t.answer_id: 'answer'}
     self._closing = {t.end_think_id: 'thinking', t.end_answer_id: 'answer'}
+    if is_thinking:
+      self._enter('thinking')
+      self._label('thinking')
 
   def write(self, token_id: int) -> None:
     """Prints one more token."""

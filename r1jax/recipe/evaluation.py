@@ -84,7 +84,7 @@ def run(
   start = time.perf_counter()
   model = origin.load_model_config(workdir)
   path = config.tokenizer or origin.load_tokenizer_path(workdir)
-  tokenizer = pretrain.load_tokenizer(path, model)
+  tokenizer = pretrain.load_tokenizer(path, model, template=config.template)
   mesh = stage_lib.make_mesh(config.mesh)
   model = origin.for_mesh(model, workdir, mesh)
   config_check.check_rows('batch_size', config.batch_size, mesh)

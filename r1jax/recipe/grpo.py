@@ -185,7 +185,7 @@ def run(
   """
   model = origin.load_model_config(config.init_from)
   path = config.tokenizer or origin.load_tokenizer_path(config.init_from)
-  tokenizer = pretrain.load_tokenizer(path, model)
+  tokenizer = pretrain.load_tokenizer(path, model, template=config.template)
   mesh = stage_lib.make_mesh(config.mesh)
   model = origin.for_mesh(model, config.init_from, mesh)
   _check_sizes(config, model, mesh)

@@ -11,7 +11,7 @@ from etils import epath
 
 from r1jax import config as config_lib
 from r1jax import types
-from r1jax.data import corpus, hf_tokenizer, loader, text
+from r1jax.data import chat_tokens, corpus, hf_tokenizer, loader, text
 from r1jax.data import tokenizer as tokenizer_lib
 from r1jax.losses import token
 from r1jax.model import config as model_config
@@ -33,7 +33,8 @@ class PretrainConfig:
     seed: Of initialisation and data.
     model: Shape of the model.
     data: Generated arithmetic documents, or text from files.
-    tokenizer: Path of a sentencepiece model; '' for the one that ships.
+    tokenizer: Path of a sentencepiece model or folder of a Hugging Face one;
+      '' for the one that ships.
     row_length: Tokens of a packed row.
     batch_size: Rows of a global batch.
     eval_rows: Held-out rows of an evaluation on the generated corpus; the
@@ -78,12 +79,19 @@ class PretrainConfig:
 
 
 def load_tokenizer(
-  path: str, model: model_config.ModelConfig
+  path: str, model: model_config.ModelConfig, *, template: str = 'plain'
 ) -> tokenizer_lib.Tokenizer | hf_tokenizer.HfTokenizer:
   """The tokenizer of a run, checked against its model.
 
+  Args:
+    path: Of a sentencepiece model or a Hugging Face folder; '' for the one
+      that ships.
+    model: Must have a row for each id.
+    template: How it is asked; what ends a turn there is a stop token, too.
+
   Raises:
-    UserError: No such file, or more ids than the model has.
+    UserError: No such file, more ids than the model has, or the template's
+      tokens are missing.
   """
   tokenizer = hf_tokenizer.load_tokenizer(path)
   if tokenizer.vocab_size > model.vocab_size:
@@ -91,6 +99,10 @@ def load_tokenizer(
       f'model.vocab_size={model.vocab_size} is smaller than the '
       f'{tokenizer.vocab_size} ids of the tokenizer'
     )
+  try:
+    tokenizer.stop_ids = chat_tokens.stop_ids(tokenizer, template=template)
+  except ValueError as e:
+    raise config_lib.UserError(str(e)) from e
   return tokenizer
 
 

@@ -74,7 +74,9 @@ def run(
     model = origin.load_model_config(config.init_from)
     model = origin.for_mesh(model, config.init_from, mesh)
     path = path or origin.load_tokenizer_path(config.init_from)
-  tokenizer = pretrain.load_tokenizer(path, model)
+  tokenizer = pretrain.load_tokenizer(
+    path, model, template=config.data.template
+  )
   config_check.check_rows(
     'batch_size',
     config.batch_size,

@@ -1,0 +1,75 @@
+"""Converting and checking models, as a user types it."""
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests import known_answers
+
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+_QWEN3 = known_answers.DATA / 'hf_models' / 'qwen3'
+
+
+def _run(program, *arguments):
+  return subprocess.run(
+    [sys.executable, '-m', f'experiments.{program}', *map(str, arguments)],
+    cwd=_ROOT,
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+
+
+@pytest.mark.slow
+def test_there_and_back_and_checked(tmp_path):
+  run, out = tmp_path / 'run', tmp_path / 'out'
+  done = _run('convert', f'--from_hf={_QWEN3}', f'--workdir={run}')
+  assert done.stdout == f'{_QWEN3} is now step 0 of {run}\n', done.stderr
+  done = _run(
+    'convert', f'--workdir={run}', f'--to_hf={out}', '--dtype=float32'
+  )
+  assert done.stdout == f'{run} is now in {out}, float32\n', done.stderr
+  for folder, atol, verdict, code in (
+    (out, 2e-5, 'within 2e-05', 0),
+    (run, 1e-9, 'BEYOND 1e-09', 1),
+  ):
+    done = _run(
+      'check_logits',
+      f'--from_hf={folder}',
+      f'--reference={_QWEN3 / "io.npz"}',
+      f'--atol={atol}',
+    )
+    assert re.fullmatch(
+      rf'24 tokens: largest difference \S+ \({verdict}\), mean KL \S+ nats\n',
+      done.stdout,
+    )
+    assert done.returncode == code
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    (('--to_hf=x',), 'give two of --from_hf, --workdir and --to_hf: '),
+    (('--from_hf=x', '--workdir=y', '--to_hf=z'), 'give two of --from_hf'),
+  ],
+)
+def test_where_from_and_where_to(arguments, message):
+  done = _run('convert', *arguments)
+  assert done.stderr.startswith(f'error: {message}')
+  assert done.returncode == 2
+
+
+def test_a_foreign_model_type_lists_ours(tmp_path):
+  folder = tmp_path / 'hf'
+  folder.mkdir()
+  (folder / 'config.json').write_text(json.dumps({'model_type': 'gpt2'}))
+  done = _run('convert', f'--from_hf={folder}', f'--workdir={tmp_path / "run"}')
+  assert done.stderr.splitlines()[-1].startswith(
+    "error: model_type='gpt2' is not supported; supported are deepseek_v3, "
+  )
+  assert done.returncode == 2
+  assert [p.name for p in tmp_path.iterdir()] == ['hf']

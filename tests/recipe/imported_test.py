@@ -1,0 +1,276 @@
+"""Models of other tools go through every stage with their own tokenizers."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from r1jax import config as config_lib
+from r1jax.data import tokenizer
+from r1jax.interop import huggingface
+from r1jax.model import config as model_config
+from r1jax.recipe import convert, evaluation, grpo, origin, sft
+from r1jax.train import metrics
+from tests.data import tiny_tokenizer
+from tests.model import tiny
+from tests.recipe import micro
+
+_WRITERS = {
+  'deepseek': tiny_tokenizer.write_deepseek,
+  'qwen3': tiny_tokenizer.write_qwen,
+}
+
+
+def _model(kind) -> model_config.ModelConfig:
+  """A tiny model with a row for each id of its tokenizer."""
+  config = micro.model(mtp_depth=0, vocab_size=320, max_length=128)
+  if kind == 'deepseek':
+    return config
+  attention = model_config.GqaConfig(
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=16,
+    rope=model_config.RopeConfig(theta=1e6, interleaved=False),
+    qk_norm=True,
+  )
+  return dataclasses.replace(
+    config,
+    attention=attention,
+    moe=None,
+    num_dense_layers=2,
+    tie_embeddings=True,
+  )
+
+
+def _folder(path, kind) -> str:
+  """A Hugging Face folder with random weights and a tokenizer."""
+  model = _model(kind)
+  huggingface.save(path, model, micro.variables(model), dtype='float32')
+  _WRITERS[kind](path)
+  return str(path)
+
+
+def _questions(path) -> str:
+  rows = [
+    {'question': f'What is {i}+{i}?', 'answer': f'{i}+{i}\n#### {2 * i}'}
+    for i in range(40)
+  ]
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  return str(path)
+
+
+def _task(tmp_path):
+  return {
+    'paths': (_questions(tmp_path / 'questions.jsonl'),),
+    'gold': '#### (.+)',
+    'held_out_fraction': 0.3,
+  }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['deepseek', 'qwen3'])
+def test_grpo_runs_on_an_imported_model_and_it_is_exported(tmp_path, kind):
+  folder = _folder(tmp_path / 'hf', kind)
+  rollout = dataclasses.asdict(
+    micro.rollout(rule='boxed', max_prompt_tokens=40, row_length=64)
+  )
+  values = micro.grpo_dict(
+    folder,
+    task=_task(tmp_path),
+    template=kind,
+    rollout=rollout,
+    eval_problems=8,
+  )
+  config = config_lib.from_dict(grpo.GrpoConfig, values)
+  run = tmp_path / 'run'
+  with micro.on(micro.one_device()):
+    state = grpo.run(config, str(run))
+  assert int(state.step) == 3
+  rows = list(metrics.read(run))
+  assert all(np.isfinite(row.get('train/loss', 0.0)) for row in rows)
+  # Sampler and trainer are one model, whatever the family.
+  gaps = [row['rl/gap_max'] for row in rows if 'rl/gap_max' in row]
+  assert gaps and max(gaps) < 1e-4
+  assert any('eval/greedy' in row for row in rows)
+  sample = json.loads((run / 'samples.jsonl').read_text().splitlines()[0])
+  assert 'What is' in sample['prompt']
+
+  out = tmp_path / 'out'
+  convert.to_huggingface(
+    str(run),
+    str(out),
+    mesh=micro.one_device(),
+    dtype='float32',
+    shard_gib=1.0,
+    say=print,
+  )
+  loaded, variables = huggingface.load(out)
+  assert loaded == huggingface.load_config(folder)
+  final = np.asarray(state.variables['params']['norm']['scale'])
+  np.testing.assert_array_equal(variables['params']['norm']['scale'], final)
+  assert (out / 'tokenizer.json').exists()
+
+
+@pytest.mark.slow
+def test_an_imported_model_is_evaluated_with_its_template(tmp_path):
+  folder = _folder(tmp_path / 'hf', 'qwen3')
+  workdir = tmp_path / 'run'
+  convert.to_workdir(
+    folder,
+    str(workdir),
+    mesh=micro.one_device(),
+    param_dtype='float32',
+    say=print,
+  )
+  config = config_lib.from_dict(
+    evaluation.EvaluateConfig,
+    {
+      'seed': 0,
+      'tokenizer': '',
+      'task': _task(tmp_path),
+      'template': 'qwen3',
+      'rule': 'boxed',
+      'num_problems': 8,
+      'num_samples': 2,
+      'max_prompt_tokens': 40,
+      'max_new_tokens': 8,
+      'sampling': {'temperature': 1.0, 'top_k': 0, 'top_p': 1.0},
+      'batch_size': 8,
+      'mesh': {'data': -1, 'fsdp': 1},
+    },
+  )
+  with micro.on(micro.one_device()):
+    summary = evaluation.run(config, str(workdir), print)
+  assert summary['num_problems'] == 8 and summary['greedy'] == 0.0
+  line = (workdir / 'completions.jsonl').read_text().splitlines()[0]
+  assert json.loads(line)['prompt'].startswith('<|im_start|>user\nWhat is')
+
+
+def _sft_config(tmp_path, num_steps, **changes) -> sft.SftConfig:
+  values = {
+    'seed': 0,
+    'init_from': '',
+    'model': config_lib.to_dict(
+      dataclasses.replace(
+        _model('qwen3'), vocab_size=tokenizer.default().vocab_size
+      )
+    ),
+    'data': {
+      'paths': (_questions(tmp_path / 'questions.jsonl'),),
+      'template': 'plain',
+      'held_out_fraction': 0.2,
+    },
+    'tokenizer': '',
+    'row_length': 64,
+    'batch_size': 8,
+    'optim': micro.pretrain_dict()['optim'],
+    'train': micro.pretrain_dict()['train'] | {'num_steps': num_steps},
+    'mesh': {'data': -1, 'fsdp': 1},
+  }
+  return config_lib.from_dict(sft.SftConfig, values | changes)
+
+
+@pytest.mark.slow
+def test_sft_learns_resumes_and_is_exported(tmp_path):
+  run = tmp_path / 'run'
+  with micro.on(micro.one_device()):
+    sft.run(_sft_config(tmp_path, 10), str(run))
+    shutil.copytree(run, tmp_path / 'half')
+    state = sft.run(_sft_config(tmp_path, 30), str(run))
+    again = sft.run(_sft_config(tmp_path, 30), str(tmp_path / 'half'))
+  losses = [r['train/loss'] for r in metrics.read(run) if 'train/loss' in r]
+  assert len(losses) == 30 and np.mean(losses[-5:]) < 0.7 * losses[0]
+  same = np.testing.assert_array_equal
+  same(
+    state.variables['params']['embedding'],
+    again.variables['params']['embedding'],
+  )
+  convert.to_huggingface(
+    str(run),
+    str(tmp_path / 'out'),
+    mesh=micro.one_device(),
+    dtype='bfloat16',
+    shard_gib=1.0,
+    say=print,
+  )
+  loaded, _ = huggingface.load(tmp_path / 'out')
+  assert loaded.attention == _model('qwen3').attention
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'init_from': 'x'}, "init_from='x' with model=….*give one of them"),
+    ({'model': None}, "init_from='' with model=None"),
+    ({'row_length': 256}, 'row_length=256'),
+    ({'batch_size': 12}, 'batch_size=12'),
+  ],
+)
+def test_what_sft_cannot_do_is_said(tmp_path, changes, message):
+  with pytest.raises(config_lib.UserError, match=message):
+    config = _sft_config(tmp_path, 3, **changes)
+    sft.run(config, str(tmp_path / 'none'))
+  assert not (tmp_path / 'none').exists()
+
+
+def test_logits_of_a_folder_are_checked(tmp_path):
+  folder = str(tiny_folder(tmp_path))
+  reference = tmp_path / 'io.npz'
+  tokens_BT = np.zeros((1, 4), np.int64)
+  logits_BTV = np.zeros((1, 4, tiny.V), np.float32)
+  np.savez(reference, input_ids=tokens_BT, logits=logits_BTV)
+  mesh = micro.one_device()
+  check = convert.check_logits(folder, str(reference), mesh=mesh)
+  assert check.largest > 1e-3 and check.num_tokens == 4 and check.mean_kl > 0
+
+  for arrays, message in (
+    ({'input_ids': tokens_BT}, 'io.npz lacks an array: .*logits'),
+    (
+      {'input_ids': tokens_BT, 'logits': logits_BTV[..., :3]},
+      r'logits \[1, 4, 3\] must be input_ids \[1, 4\] with the 64 tokens',
+    ),
+    (
+      {'input_ids': tokens_BT - 1, 'logits': logits_BTV},
+      'input_ids from -1 to -1 must lie between 0 and 63',
+    ),
+  ):
+    np.savez(reference, **arrays)
+    with pytest.raises(config_lib.UserError, match=message):
+      convert.check_logits(folder, str(reference), mesh=mesh)
+
+
+def tiny_folder(tmp_path):
+  config = tiny.config(num_layers=1, num_dense_layers=1, moe=None)
+  folder = tmp_path / 'tiny'
+  attention = model_config.GqaConfig(
+    num_heads=2, num_kv_heads=1, head_dim=8, rope=config.attention.rope
+  )
+  rope = dataclasses.replace(config.attention.rope, interleaved=False)
+  attention = dataclasses.replace(attention, rope=rope)
+  config = dataclasses.replace(config, attention=attention)
+  huggingface.save(folder, config, tiny.variables(config), dtype='float32')
+  return folder
+
+
+def test_a_workdir_is_made_whole_or_not_at_all(tmp_path, monkeypatch):
+  folder = str(tiny_folder(tmp_path))
+  mesh = micro.one_device()
+  make = lambda workdir: convert.to_workdir(
+    folder, str(workdir), mesh=mesh, param_dtype='float32', say=print
+  )
+
+  def fail(*args):
+    raise OSError('disk full')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(convert, '_copy_tokenizer', fail)
+    with pytest.raises(OSError, match='disk full'):
+      make(tmp_path / 'run')
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['tiny']
+  make(tmp_path / 'run')
+  model = origin.load_model_config(str(tmp_path / 'run'))
+  assert model == origin.load_model_config(folder)
+  with pytest.raises(config_lib.UserError, match='exists and is not empty'):
+    make(tmp_path / 'run')
