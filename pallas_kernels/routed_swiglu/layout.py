@@ -107,7 +107,11 @@ def head_and_tail(
 
 @jax.custom_vjp
 def dispatch(x_TD: jax.Array, layout: Layout) -> jax.Array:
-  """Copies tokens to their rows: [T, D] -> [m, D]; padding rows are 0."""
+  """Copies tokens to their rows: [T, D] -> [m, D].
+
+  Padding rows hold a copy of some token: `combine` does not read them, and
+  gives them no gradient.
+  """
   return _take(x_TD, layout.source_m)
 
 
@@ -117,7 +121,13 @@ def _dispatch_fwd(x_TD, layout):
 
 def _dispatch_bwd(layout, grad_mD):
   # A gather, not the scatter-add that autodiff would make of it.
-  return jnp.sum(_take(grad_mD, layout.slot_TK), axis=1), None
+  has_row_TK = layout.slot_TK < len(layout.source_m)
+  grad_TD = jnp.einsum(
+    'TKD,TK->TD',
+    _take(grad_mD, layout.slot_TK),
+    has_row_TK.astype(grad_mD.dtype),
+  )
+  return grad_TD, None
 
 
 dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
@@ -126,6 +136,7 @@ dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
 @jax.custom_vjp
 def combine(y_mD: jax.Array, weight_TK: jax.Array, layout: Layout) -> jax.Array:
   """Sums each token's rows with its weights: [m, D] -> [T, D]."""
+  weight_TK = _of_rows(weight_TK, layout)
   return jnp.einsum('TKD,TK->TD', _take(y_mD, layout.slot_TK), weight_TK)
 
 
@@ -145,7 +156,7 @@ def _combine_bwd(saved, grad_TD):
   grad_mD = _take(grad_TD, layout.source_m) * weight_m[:, None]
   return (
     grad_mD.astype(y_mD.dtype),
-    grad_weight_TK.astype(weight_TK.dtype),
+    _of_rows(grad_weight_TK.astype(weight_TK.dtype), layout),
     None,
   )
 
@@ -154,8 +165,13 @@ combine.defvjp(_combine_fwd, _combine_bwd)
 
 
 def _take(rows: jax.Array, index: jax.Array) -> jax.Array:
-  """Rows by number; one past the last is a row of zeros."""
-  return jnp.take(rows, index, axis=0, mode='fill', fill_value=0)
+  """Rows by number; one past the last is the last, cheaper than zeros."""
+  return jnp.take(rows, index, axis=0, mode='clip')
+
+
+def _of_rows(value_TK: jax.Array, layout: Layout) -> jax.Array:
+  """Values of choices that have a row; 0 for the others."""
+  return jnp.where(layout.slot_TK < len(layout.source_m), value_TK, 0)
 
 
 def _ranks(

@@ -217,7 +217,9 @@ def test_dispatch_and_its_vjp_are_a_plain_gathers(kind):
     ]
 
   (out_mD, grad), (expected_mD, expected) = both(x_TD)
-  np.testing.assert_array_equal(out_mD, expected_mD)
+  real_m = np.asarray(layout.source_m) < 6
+  np.testing.assert_array_equal(out_mD[real_m], expected_mD[real_m])
+  assert np.isfinite(out_mD).all()
   np.testing.assert_allclose(grad[0], expected[0], atol=1e-6)
 
 
