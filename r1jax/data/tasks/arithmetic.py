@@ -117,12 +117,18 @@ def draw(
 def draw_uneven(config: ArithmeticConfig, rng: random.Random) -> Problem:
   """Draws a division that leaves a remainder: no problem of the task.
 
-  Its dividend lies above that of a training key, so that quotients and
-  divisors are as those of the task.
+  Its quotient and divisor are those of any key, held out or not. Were they of
+  training keys only, a held-out 28÷7 would be the one place where 4 is right
+  for a 7, and a model would learn that it never is.
   """
-  a_N, b_N = keys('divide', config.maximum, False)
+  sides = [
+    keys('divide', config.maximum, held_out) for held_out in (False, True)
+  ]
+  sizes = [len(a_N) for a_N, _ in sides]
   while True:
-    index = rng.randrange(len(a_N))
+    index = rng.randrange(sum(sizes))
+    a_N, b_N = sides[index >= sizes[0]]
+    index -= sizes[0] * (index >= sizes[0])
     a, b = a_N.item(index), b_N.item(index)
     if b > 1 and a < config.maximum:
       a += rng.randrange(1, min(b, config.maximum - a + 1))

@@ -257,6 +257,19 @@ def test_divisions_that_leave_a_remainder_are_no_keys_of_the_task(maximum):
   assert any(p.a > p.b for p in drawn) and len({p.b for p in drawn}) > 5
 
 
+def test_quotients_of_held_out_keys_are_practised_on_other_dividends():
+  config = arithmetic.ArithmeticConfig(maximum=100)
+  rng = random.Random(0)
+  drawn = [arithmetic.draw_uneven(config, rng) for _ in range(8000)]
+  held_out = {
+    (b, a // b)
+    for a, b in zip(*arithmetic.keys('divide', 100, True), strict=True)
+    if 1 < b < 10 and a < 100
+  }
+  assert len(held_out) > 30
+  assert held_out <= {(p.b, p.result) for p in drawn}
+
+
 def test_worked_examples_read_as_specified():
   def solve(operation, a, b, language, good_guess=1.0):
     result = _compute(operation, a, b)
