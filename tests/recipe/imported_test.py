@@ -204,7 +204,7 @@ def test_sft_learns_resumes_and_is_exported(tmp_path):
   [
     ({'init_from': 'x'}, "init_from='x' with model=….*give one of them"),
     ({'model': None}, "init_from='' with model=None"),
-    ({'row_length': 256}, 'row_length=256'),
+    ({'row_length': 256}, 'row_length = 256 tokens exceeds model.max_length'),
     ({'batch_size': 12}, 'batch_size=12'),
   ],
 )
