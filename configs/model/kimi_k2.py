@@ -17,5 +17,6 @@ def get_config() -> ml_collections.ConfigDict:
   config.attention.num_heads = 64
   config.attention.rope.theta = 50000.0
   config.attention.rope.scaling.factor = 32.0
+  config.attention.rope.scaling.beta_fast = 1.0  # So released; V3 has 32.
   config.moe.update(num_experts=384, num_groups=1, top_groups=1, scale=2.827)
   return config
