@@ -292,6 +292,7 @@ def _endless_tokenizer(vocab_size: int) -> Any:
   endless = copy.copy(tokenizer.default())
   endless.vocab_size = vocab_size + 1
   endless.eos_id = vocab_size
+  endless.stop_ids = (vocab_size,)
   endless.bytes_of = lambda token: b''  # No reward is earned: none is missed.
   return endless
 
