@@ -56,8 +56,9 @@ def main() -> None:
   config = app.load(stream.StreamConfig)
   model = origin.load_model_config(_WORKDIR.value)
   path = origin.load_tokenizer_path(_WORKDIR.value)
-  template = find_template(hf_tokenizer.load_tokenizer(path))
-  tokenizer = pretrain.load_tokenizer(path, model, template=template)
+  tokenizer = hf_tokenizer.load_tokenizer(path)
+  template = find_template(tokenizer)
+  pretrain.prepare_tokenizer(tokenizer, model, template=template)
   encode = lambda text: encode_prompt(
     text, tokenizer, template, model.max_length
   )

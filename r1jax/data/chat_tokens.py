@@ -34,7 +34,7 @@ def encode_prompt(
     messages, template=template, open_think=open_think, thinking=thinking
   )
   _check_tokens(tokenizer, template)
-  return _with_bos(tokenizer.encode(text), tokenizer)
+  return with_bos(tokenizer.encode(text), tokenizer)
 
 
 def encode_segments(
@@ -62,7 +62,7 @@ def encode_segments(
   if chat.find(template).end_token is None:
     encoded.append(([tokenizer.eos_id], True))
   is_target = [target for ids, target in encoded for _ in ids]
-  ids = _with_bos([i for ids, _ in encoded for i in ids], tokenizer)
+  ids = with_bos([i for ids, _ in encoded for i in ids], tokenizer)
   return ids, [False] * (len(ids) - len(is_target)) + is_target
 
 
@@ -101,6 +101,13 @@ def detect(tokenizer: Tokenizer) -> str:
   )
 
 
+def with_bos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+  """Puts bos first, unless it is there or the tokenizer has none."""
+  if tokenizer.bos_id is None or ids[:1] == [tokenizer.bos_id]:
+    return ids
+  return [tokenizer.bos_id, *ids]
+
+
 def _missing(tokenizer: Tokenizer, template: str) -> list[str]:
   tokens = chat.find(template).tokens
   return [token for token in tokens if len(tokenizer.encode(token)) != 1]
@@ -113,9 +120,3 @@ def _check_tokens(tokenizer: Tokenizer, template: str) -> None:
       f'template={template!r} needs the token {missing[0]}, which the '
       'tokenizer does not have'
     )
-
-
-def _with_bos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
-  if tokenizer.bos_id is None or ids[:1] == [tokenizer.bos_id]:
-    return ids
-  return [tokenizer.bos_id, *ids]

@@ -15,7 +15,6 @@ class Tokenizer(Protocol):
   bos_id: int | None
   eos_id: int
   pad_id: int
-  stop_ids: tuple[int, ...]
 
   def encode_batch(self, texts: list[str]) -> list[list[int]]:
     """Returns the ids of each text."""

@@ -61,7 +61,7 @@ def _graded(
     correct=found.correct,
     format=found.format,
     length=len(completion_ids),
-    finished=bool(completion_ids) and completion_ids[-1] in stop_ids,
+    finished=grading.is_finished(completion_ids, stop_ids),
   )
 
 

@@ -15,6 +15,9 @@ import numpy as np
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 LARGEST = 448.0
+DEFAULT_BLOCKS = (128, 128)
+# What a weight's name is followed by in that of its scale.
+SCALE = '_scale_inv'
 _LEAST_AMAX = 1e-4  # A block of zeros must not have the scale 0.
 
 Blocks = tuple[int, int]

@@ -1,27 +1,24 @@
-"""Hugging Face checkpoints in and out, a slice at a time.
+"""Hugging Face checkpoints as our models, a slice at a time.
 
   config, variables = huggingface.load(folder)
   logits = transformer.Transformer(config).apply(
       variables, tokens_BT, method='logits')
 
-Import fills the buffers of this host's shards straight from the mapped files
-and hands them to the devices: besides the shards it needs a few chunks of
-`_CHUNK` numbers. Export fetches a tensor at a time.
+The buffers of this host's shards are filled straight from the mapped files and
+handed to the devices: besides the shards it takes a few chunks of `_CHUNK`
+numbers.
 """
 
-import collections
 import dataclasses
 import json
 import os
 import pathlib
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
-from jax.experimental import multihost_utils
 
 from r1jax import config as config_lib
 from r1jax.interop import fp8, hf_config, safetensors
@@ -30,23 +27,14 @@ from r1jax.model import config as model_config
 from r1jax.model import transformer
 from r1jax.parallel import sharding
 
-_SCALE = '_scale_inv'
-_DEFAULT_BLOCKS = (128, 128)
 # Numbers that are converted at once.
 _CHUNK = 1 << 23
 # Buffers that old checkpoints carry and nobody needs.
 _IGNORED = ('rotary_emb.inv_freq',)
-# What stays in bf16 when the rest is FP8.
-_NOT_FP8 = ('embed_tokens', 'lm_head', 'mlp.gate', 'eh_proj', 'weights_proj')
-
 PARAM_DTYPES = {
   'float32': np.dtype(np.float32),
   'bfloat16': np.dtype(ml_dtypes.bfloat16),
 }
-EXPORT_DTYPES = (*PARAM_DTYPES, 'fp8')
-
-
-# ---- Import ---------------------------------------------------------------
 
 
 def load(
@@ -123,7 +111,7 @@ def load_variables(
     _check_copies(mapping, reader)
     loader = _Loader(reader, blocks, PARAM_DTYPES[param_dtype], keep_fp8)
     for leaf in mapping.leaves:
-      array = loader.load(leaf, _at(shardings, leaf.path))
+      array = loader.load(leaf, mapping_lib.at(shardings, leaf.path))
       _put(variables, leaf.path, array)
   return variables
 
@@ -175,7 +163,7 @@ def check(
   for name, shape in shapes.items():
     entry = entries.get(name)
     if entry is not None and entry.dtype == fp8.E4M3:
-      expected[name + _SCALE] = fp8.scale_shape(shape, blocks)
+      expected[name + fp8.SCALE] = fp8.scale_shape(shape, blocks)
   for name, shape in expected.items():
     if name not in entries:
       raise config_lib.UserError(f'{folder} lacks the tensor {name}')
@@ -226,7 +214,7 @@ class _Loader:
 
     def read_scales(index, out):
       for at in mapping_lib.stack_indices(index[: len(leaf.stack)]):
-        scale = self._reader.read(leaf.sources[at].name + _SCALE)
+        scale = self._reader.read(leaf.sources[at].name + fp8.SCALE)
         place = tuple(i - s.start for i, s in zip(at, index, strict=False))
         out[place] = scale[index[-2:]]
 
@@ -277,7 +265,7 @@ class _Loader:
     columns = lines(source.view[r:], window[r:])
     flat = fp8.dequantize(
       numbers.reshape(len(rows), len(columns)),
-      self._reader.read(source.name + _SCALE),
+      self._reader.read(source.name + fp8.SCALE),
       rows,
       columns,
       self._blocks,
@@ -355,181 +343,17 @@ def _blocks(values: Mapping[str, Any]) -> fp8.Blocks:
   """
   found = values.get('quantization_config')
   if found is None:
-    return _DEFAULT_BLOCKS
+    return fp8.DEFAULT_BLOCKS
   if found.get('quant_method') != 'fp8' or found.get('fmt', 'e4m3') != 'e4m3':
     raise config_lib.UserError(
       f'quantization_config with quant_method={found.get("quant_method")!r}, '
       f'fmt={found.get("fmt")!r} is not supported, only block FP8 (e4m3) is'
     )
-  rows, columns = found.get('weight_block_size') or _DEFAULT_BLOCKS
+  rows, columns = found.get('weight_block_size') or fp8.DEFAULT_BLOCKS
   return rows, columns
-
-
-def _at(tree: Any, path: mapping_lib.Path) -> Any:
-  for key in path:
-    tree = tree[key]
-  return tree
 
 
 def _put(tree: dict[str, Any], path: mapping_lib.Path, value: Any) -> None:
   for key in path[:-1]:
     tree = tree.setdefault(key, {})
   tree[path[-1]] = value
-
-
-# ---- Export ---------------------------------------------------------------
-
-
-def save(
-  folder: str | os.PathLike[str],
-  config: model_config.ModelConfig,
-  variables: Any,
-  *,
-  dtype: str = 'bfloat16',
-  shard_bytes: int = 5 << 30,
-  extra: Mapping[str, Any] | None = None,
-  finish: Callable[[pathlib.Path], None] = lambda folder: None,
-) -> None:
-  """Writes config.json and safetensors files that transformers loads.
-
-  Everything is written under another name first: the folder is complete or it
-  is not there. Every process of a pod must call this; the first one writes.
-
-  Args:
-    folder: Must not exist, or be empty.
-    config: Of the model.
-    variables: Its variables; `fp8.Quantized` leaves are written as they are.
-    dtype: 'float32', 'bfloat16' or 'fp8' (matrices inside the blocks, the
-      rest bfloat16). Router biases are float32 always.
-    shard_bytes: Most bytes of a file, but a tensor is never cut.
-    extra: More keys for config.json.
-    finish: Puts more files into the folder before it gets its name.
-
-  Raises:
-    UserError: The folder holds something, or no family has this shape.
-  """
-  folder = pathlib.Path(folder)
-  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-    raise config_lib.UserError(f'{folder} exists and is not empty')
-  values = hf_config.write(config) | dict(extra or {})
-  mapping = mapping_lib.make_mapping(config)
-  exporter = _Exporter(mapping, variables, dtype)
-  if exporter.blocks is not None:
-    values['quantization_config'] = {
-      'quant_method': 'fp8',
-      'fmt': 'e4m3',
-      'activation_scheme': 'dynamic',
-      'weight_block_size': list(exporter.blocks),
-    }
-  values['torch_dtype'] = 'float32' if dtype == 'float32' else 'bfloat16'
-  if jax.process_index():
-    for _ in exporter.tensors():
-      pass  # Takes part in the gathers.
-    return
-  unfinished = folder.with_name(f'.{folder.name}.unfinished')
-  shutil.rmtree(unfinished, ignore_errors=True)
-  unfinished.mkdir(parents=True)
-  try:
-    files = safetensors.plan_files(exporter.plan(), shard_bytes)
-    writer = safetensors.Writer(unfinished, files)
-    writer.write(exporter.tensors())
-    writer.write_index()
-    text = json.dumps(values, indent=2, sort_keys=True) + '\n'
-    (unfinished / 'config.json').write_text(text)
-    finish(unfinished)
-    if folder.exists():
-      folder.rmdir()
-    unfinished.rename(folder)
-  except BaseException:
-    shutil.rmtree(unfinished, ignore_errors=True)
-    raise
-
-
-class _Exporter:
-  """Puts a checkpoint's tensors together, one at a time."""
-
-  def __init__(self, mapping, variables, dtype):
-    self._variables, self._dtype = variables, dtype
-    self._parts = collections.defaultdict(list)
-    for leaf in mapping.leaves:
-      for index, source in leaf.sources.items():
-        self._parts[source.name].append((leaf, index, source))
-    self._copies = mapping.copies
-    self._names = [*self._parts, *mapping.copies]
-
-  @property
-  def blocks(self) -> fp8.Blocks | None:
-    """Of the FP8 tensors, None if there are none."""
-    leaves = jax.tree.leaves(self._variables, is_leaf=fp8.is_quantized)
-    kept = {leaf.blocks for leaf in leaves if fp8.is_quantized(leaf)}
-    if kept:
-      return kept.pop()
-    return _DEFAULT_BLOCKS if self._dtype == 'fp8' else None
-
-  def plan(self) -> Iterator[safetensors.Planned]:
-    for name in self._names:
-      source = self._parts[self._origin(name)][0][2]
-      dtype = self._dtype_of(name)
-      yield safetensors.Planned(name, dtype, source.shape)
-      if dtype == fp8.E4M3:
-        shape = fp8.scale_shape(source.shape, self.blocks)
-        yield safetensors.Planned(name + _SCALE, np.dtype(np.float32), shape)
-
-  def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
-    for name in self._names:
-      parts = self._parts[self._origin(name)]
-      leaf, index, source = parts[0]
-      kept = _at(self._variables, leaf.path)
-      if fp8.is_quantized(kept):
-        yield name, self._assemble(parts, lambda x: x.q)
-        yield name + _SCALE, _fetch(kept.scale, index)
-      elif self._dtype_of(name) == fp8.E4M3:
-        whole = self._assemble(parts, lambda x: x)
-        q, scale = fp8.quantize(whole, self.blocks)
-        yield name, q
-        yield name + _SCALE, scale
-      else:
-        whole = self._assemble(parts, lambda x: x)
-        yield name, whole.astype(self._dtype_of(name))
-
-  def _origin(self, name):
-    return self._copies.get(name, name)
-
-  def _dtype_of(self, name) -> np.dtype:
-    leaf, _, source = self._parts[self._origin(name)][0]
-    if leaf.path[0] == 'router':
-      return np.dtype(np.float32)
-    if fp8.is_quantized(_at(self._variables, leaf.path)):
-      return fp8.E4M3
-    is_matrix = source.num_rows < len(source.view)
-    stem = name.removesuffix('.weight')
-    if self._dtype == 'fp8' and is_matrix and not stem.endswith(_NOT_FP8):
-      if name not in self._copies:
-        return fp8.E4M3
-    wide = self._dtype == 'float32'
-    return PARAM_DTYPES['float32' if wide else 'bfloat16']
-
-  def _assemble(self, parts, pick) -> np.ndarray:
-    """The tensor of all slices that are windows of it."""
-    whole = None
-    for leaf, index, source in parts:
-      array = _fetch(pick(_at(self._variables, leaf.path)), index)
-      array = array.transpose(np.argsort(source.axes))
-      if len(parts) == 1:
-        return np.ascontiguousarray(array).reshape(source.shape)
-      if whole is None:
-        whole = np.empty(source.view, array.dtype)
-      whole[source.window] = array
-    return whole.reshape(parts[0][2].shape)
-
-
-_pick = jax.jit(lambda x, index: x[index])
-
-
-def _fetch(x: jax.Array, index: tuple[int, ...]) -> np.ndarray:
-  """A slice of an array on this host, wherever its shards are."""
-  if index:
-    x = _pick(x, tuple(np.int32(i) for i in index))
-  if isinstance(x, jax.Array) and not x.is_fully_addressable:
-    return multihost_utils.process_allgather(x, tiled=True)
-  return np.asarray(x)

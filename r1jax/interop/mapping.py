@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 from r1jax.model import config as model_config
 
@@ -307,6 +308,13 @@ def _vector(name: str, *sizes: int) -> Source:
     window=tuple(slice(0, size) for size in sizes),
     axes=tuple(range(len(sizes))),
   )
+
+
+def at(tree: Any, path: Path) -> Any:
+  """The leaf of a tree of dicts at a path."""
+  for key in path:
+    tree = tree[key]
+  return tree
 
 
 def stack_indices(stack: tuple[slice, ...]) -> Iterator[tuple[int, ...]]:

@@ -1,18 +1,18 @@
 """From Hugging Face folders to workdirs and back, and the check after it."""
 
-import contextlib
 import dataclasses
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from r1jax import config as config_lib
-from r1jax.interop import huggingface
+from r1jax.interop import export, huggingface
+from r1jax.interop import folder as folder_lib
 from r1jax.model import transformer
 from r1jax.recipe import origin
 from r1jax.train import checkpoint
@@ -49,17 +49,18 @@ def to_workdir(
   """
   model = huggingface.load_config(folder, say=say)
   model = origin.for_mesh(model, folder, mesh)
-  _refuse_used(workdir)
+  folder_lib.refuse_used(workdir)
   variables = huggingface.load_variables(
     folder, model, mesh=mesh, param_dtype=param_dtype
   )
-  with _finished_under(workdir) as unfinished:
+  is_owner = jax.process_index() == 0
+  with folder_lib.finished_under(workdir, is_owner=is_owner) as unfinished:
     state = state_lib.State(jnp.zeros((), jnp.int32), variables, None, None)
     with checkpoint.Checkpoints(
       unfinished / 'checkpoints', max_to_keep=1, say=say
     ) as checkpoints:
       checkpoints.save(0, state, {})
-    if jax.process_index() == 0:
+    if is_owner:
       _copy_tokenizer(pathlib.Path(folder), unfinished / 'tokenizer')
     final = pathlib.Path(os.path.abspath(workdir)) / 'tokenizer'
     resolved = {
@@ -102,7 +103,7 @@ def to_huggingface(
     elif tokenizer:
       shutil.copyfile(path, unfinished / _SENTENCEPIECE)
 
-  huggingface.save(
+  export.save(
     folder,
     model,
     variables,
@@ -201,27 +202,3 @@ def _copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
   for name in _TOKENIZER_FILES:
     if (source / name).exists():
       shutil.copyfile(source / name, target / name)
-
-
-def _refuse_used(workdir: str) -> None:
-  path = pathlib.Path(workdir)
-  if path.exists() and (not path.is_dir() or any(path.iterdir())):
-    raise config_lib.UserError(f'{workdir} exists and is not empty')
-
-
-@contextlib.contextmanager
-def _finished_under(workdir: str) -> Iterator[pathlib.Path]:
-  """A folder that gets its name when all is done; else it vanishes."""
-  path = pathlib.Path(os.path.abspath(workdir))
-  unfinished = path.with_name(f'.{path.name}.unfinished')
-  if jax.process_index() == 0:
-    shutil.rmtree(unfinished, ignore_errors=True)
-  try:
-    yield unfinished
-    if jax.process_index() == 0:
-      if path.exists():
-        path.rmdir()
-      unfinished.rename(path)
-  except BaseException:
-    shutil.rmtree(unfinished, ignore_errors=True)
-    raise

@@ -23,6 +23,7 @@ from r1jax.recipe import (
   pretrain,
   rollouts,
   samples,
+  scoring,
   tasks,
 )
 from r1jax.recipe import stage as stage_lib
@@ -293,7 +294,7 @@ def _make_held_out(
     tokenizer,
     sampling=filters.SamplingConfig(temperature=0.0),
   )
-  score = rollouts.make_score(tokenizer, rollout)
+  score = scoring.make_score(tokenizer, rollout.rule)
   key = jax.random.key(0)  # Greedy: nothing is drawn.
 
   def evaluate(variables: Any) -> dict[str, float]:

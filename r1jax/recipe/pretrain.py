@@ -78,22 +78,31 @@ class PretrainConfig:
       raise ValueError(f'eval_rows={self.eval_rows} must be at least 1')
 
 
+Tokenizer = tokenizer_lib.Tokenizer | hf_tokenizer.HfTokenizer
+
+
 def load_tokenizer(
   path: str, model: model_config.ModelConfig, *, template: str = 'plain'
-) -> tokenizer_lib.Tokenizer | hf_tokenizer.HfTokenizer:
-  """The tokenizer of a run, checked against its model.
-
-  Args:
-    path: Of a sentencepiece model or a Hugging Face folder; '' for the one
-      that ships.
-    model: Must have a row for each id.
-    template: How it is asked; what ends a turn there is a stop token, too.
+) -> Tokenizer:
+  """Loads and prepares a tokenizer; '' is the one that ships.
 
   Raises:
-    UserError: No such file, more ids than the model has, or the template's
-      tokens are missing.
+    UserError: There is no such path, or as `prepare_tokenizer`.
   """
   tokenizer = hf_tokenizer.load_tokenizer(path)
+  prepare_tokenizer(tokenizer, model, template=template)
+  return tokenizer
+
+
+def prepare_tokenizer(
+  tokenizer: Tokenizer, model: model_config.ModelConfig, *, template: str
+) -> None:
+  """Checks it against its model; what ends a turn of the template stops it.
+
+  Raises:
+    UserError: The model has fewer rows than it has ids, or the template's
+      tokens are missing.
+  """
   if tokenizer.vocab_size > model.vocab_size:
     raise config_lib.UserError(
       f'model.vocab_size={model.vocab_size} is smaller than the '
@@ -103,15 +112,31 @@ def load_tokenizer(
     tokenizer.stop_ids = chat_tokens.stop_ids(tokenizer, template=template)
   except ValueError as e:
     raise config_lib.UserError(str(e)) from e
-  return tokenizer
 
 
 class MeshSource:
-  """Moves the batches of a host source onto the mesh."""
+  """Batches of rows on the mesh; each host reads its part of them."""
 
-  def __init__(self, source: loader.RowSource, mesh: jax.sharding.Mesh):
-    self._source, self._mesh = source, mesh
-    self.get_state, self.set_state = source.get_state, source.set_state
+  def __init__(
+    self,
+    rows: loader.Rows,
+    mesh: jax.sharding.Mesh,
+    *,
+    batch_size: int,
+    shuffle_seed: int | None,
+  ):
+    """Builds the source; the arguments are those of `loader.RowSource`."""
+    self._mesh = mesh
+    self._source = loader.RowSource(
+      rows,
+      batch_size=batch_size,
+      shuffle_seed=shuffle_seed,
+      host_index=jax.process_index(),
+      host_count=jax.process_count(),
+      reduce=sharding.sum_over_processes,
+    )
+    self.get_state = self._source.get_state
+    self.set_state = self._source.set_state
 
   def next(self, state: Any) -> types.Batch:
     return sharding.put_local_batch(self._mesh, self._source.next(state))
@@ -159,15 +184,10 @@ def run(
   def make_source(write):
     del write
     return MeshSource(
-      loader.RowSource(
-        train_rows,
-        batch_size=config.batch_size,
-        shuffle_seed=config.seed if is_text else None,
-        host_index=jax.process_index(),
-        host_count=jax.process_count(),
-        reduce=sharding.sum_over_processes,
-      ),
+      train_rows,
       mesh,
+      batch_size=config.batch_size,
+      shuffle_seed=config.seed if is_text else None,
     )
 
   if dry_run:

@@ -1,7 +1,7 @@
 """What GRPO trains on: rollouts, their rewards, and minibatches of them."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,18 +9,17 @@ import numpy as np
 
 from r1jax import config as config_lib
 from r1jax import types
+from r1jax.data import chat_tokens
 from r1jax.data import question as question_lib
 from r1jax.data import tokenizer as tokenizer_lib
 from r1jax.losses import token
 from r1jax.model import config as model_config
 from r1jax.model import transformer
 from r1jax.parallel import sharding
+from r1jax.recipe import scoring
 from r1jax.rl import packing
-from r1jax.rl.reward import grading, rule, strings
+from r1jax.rl.reward import grading
 from r1jax.sampling import filters, generate
-
-# Characters of the longest answer, its sign included.
-_ANSWER_WIDTH = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,82 +143,6 @@ def make_sampler(
   )
 
 
-Score = Callable[
-  [types.Rollout, Sequence[question_lib.Question]], dict[str, Any]
-]
-
-
-def make_score(
-  tokenizer: tokenizer_lib.Tokenizer, config: RolloutConfig
-) -> Score:
-  """Builds (rollout, its P questions) -> rewards by the config's rule.
-
-  Returns a dict of [P, G]: 'reward' (what is trained on), 'accuracy',
-  'format'; arrays on the device if the rule reads tokens.
-
-  Raises:
-    UserError: The tokenizer cannot tell what the rule asks for.
-  """
-  try:
-    if config.rule == 'tokens':
-      return _make_device_score(tokenizer, config)
-    return _make_host_score(tokenizer, config)
-  except ValueError as e:
-    raise config_lib.UserError(f'rollout.rule: {e}') from e
-
-
-def _make_device_score(tokenizer, config):
-  grading.check_tags(tokenizer)
-  vocabulary = rule.make_vocabulary(tokenizer)
-
-  @jax.jit
-  def score(rollout, answer_PA):
-    shape = (answer_PA.shape[0], -1, rollout.tokens_BT.shape[-1])
-    tokens_PGT = rollout.tokens_BT.reshape(shape)
-    mask_PGT = rollout.mask_BT.reshape(shape)
-    accuracy_PG = rule.accuracy_reward(
-      tokens_PGT, mask_PGT, answer_PA[:, None], vocabulary
-    )
-    format_PG = rule.format_reward(tokens_PGT, mask_PGT, vocabulary)
-    return _rewards(accuracy_PG, format_PG, config)
-
-  return lambda rollout, questions: score(rollout, encode_answers(questions))
-
-
-def _make_host_score(tokenizer, config):
-  grade = grading.make_grader(config.rule, tokenizer)
-
-  def score(rollout, questions):
-    tokens_BT, first_B, end_B = jax.device_get(
-      (rollout.tokens_BT, rollout.prompt_length_B, rollout.length_B)
-    )
-    group = len(tokens_BT) // len(questions)
-    grades = [
-      grade(row_T[first:end].tolist(), questions[i // group].answer)
-      for i, (row_T, first, end) in enumerate(
-        zip(tokens_BT, first_B, end_B, strict=True)
-      )
-    ]
-    accuracy_PG, format_PG = (
-      np.reshape(values, (len(questions), group)).astype(np.float32)
-      for values in ([g.correct for g in grades], [g.format for g in grades])
-    )
-    return _rewards(accuracy_PG, format_PG, config)
-
-  return score
-
-
-def _rewards(accuracy_PG, format_PG, config):
-  reward_PG = config.accuracy_weight * accuracy_PG
-  reward_PG += config.format_weight * format_PG
-  return {'reward': reward_PG, 'accuracy': accuracy_PG, 'format': format_PG}
-
-
-def encode_answers(questions: Sequence[question_lib.Question]) -> np.ndarray:
-  """Right answers as the device rewards read them, [P, A]."""
-  return strings.answer_ids([q.answer for q in questions], width=_ANSWER_WIDTH)
-
-
 def encode_prompts(
   questions: list[question_lib.Question],
   tokenizer: tokenizer_lib.Tokenizer,
@@ -236,7 +159,7 @@ def encode_prompts(
   length_P = np.zeros(len(questions), np.int32)
   encoded = tokenizer.encode_batch([q.prompt for q in questions])
   for i, ids in enumerate(encoded):
-    ids = with_bos(ids, tokenizer)
+    ids = chat_tokens.with_bos(ids, tokenizer)
     if len(ids) > width:
       raise config_lib.UserError(
         f'prompt {questions[i].prompt!r} has {len(ids)} tokens, '
@@ -245,13 +168,6 @@ def encode_prompts(
     tokens_PT[i, : len(ids)] = ids
     length_P[i] = len(ids)
   return tokens_PT, length_P
-
-
-def with_bos(ids: list[int], tokenizer: tokenizer_lib.Tokenizer) -> list[int]:
-  """Puts bos first, unless it is there or the tokenizer has none."""
-  if tokenizer.bos_id is None or ids[:1] == [tokenizer.bos_id]:
-    return ids
-  return [tokenizer.bos_id, *ids]
 
 
 class GrpoSource:
@@ -297,7 +213,7 @@ class GrpoSource:
     self._use_reference = use_reference
     self._key = jax.random.key(seed)
     self._generate = make_sampler(config, model, mesh, tokenizer)
-    self._score = make_score(tokenizer, config)
+    self._score = scoring.make_score(tokenizer, config.rule)
     self._logp = jax.jit(
       make_logp(model, temperature=config.sampling.temperature)
     )
@@ -389,6 +305,9 @@ class GrpoSource:
     rollout = self._generate(variables, prompt_BT, length_B, key)
     score = self._score(rollout, questions)
     rollout, score = jax.device_get((rollout, score))
+    score['reward'] = (
+      c.accuracy_weight * score['accuracy'] + c.format_weight * score['format']
+    )
     if c.samples_every and index % c.samples_every == 0:
       self._write_samples(step, self._examples(questions, rollout, score))
     return rollout, score

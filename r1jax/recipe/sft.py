@@ -7,10 +7,9 @@ import jax
 from etils import epath
 
 from r1jax import config as config_lib
-from r1jax.data import conversation, loader
+from r1jax.data import conversation
 from r1jax.model import config as model_config
 from r1jax.parallel import mesh as mesh_lib
-from r1jax.parallel import sharding
 from r1jax.recipe import config_check, origin, pretrain
 from r1jax.recipe import stage as stage_lib
 from r1jax.train import optimizer
@@ -105,15 +104,10 @@ def run(
   def make_source(write):
     del write
     return pretrain.MeshSource(
-      loader.RowSource(
-        train_rows,
-        batch_size=config.batch_size,
-        shuffle_seed=config.seed,
-        host_index=jax.process_index(),
-        host_count=jax.process_count(),
-        reduce=sharding.sum_over_processes,
-      ),
+      train_rows,
       mesh,
+      batch_size=config.batch_size,
+      shuffle_seed=config.seed,
     )
 
   if dry_run:

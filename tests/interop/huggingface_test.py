@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from r1jax import config as config_lib
-from r1jax.interop import fp8, hf_config, huggingface, safetensors
+from r1jax.interop import export, fp8, hf_config, huggingface, safetensors
 from r1jax.interop import mapping as mapping_lib
 from r1jax.model import config as model_config
 from r1jax.model import transformer
@@ -51,7 +51,7 @@ def _read_all(folder):
 def test_export_and_import_are_the_identity(tmp_path, name, dtype):
   config, variables = huggingface.load(_FOLDER / name, param_dtype=dtype)
   out = tmp_path / 'out'
-  huggingface.save(out, config, variables, dtype=dtype, shard_bytes=20_000)
+  export.save(out, config, variables, dtype=dtype, shard_bytes=20_000)
   assert (out / safetensors.INDEX).exists()
   again, same = huggingface.load(out, param_dtype=dtype)
   assert again == config
@@ -66,7 +66,7 @@ def test_export_and_import_are_the_identity(tmp_path, name, dtype):
 def test_mtp_is_written_with_its_copies_and_read_back(tmp_path):
   config = tiny.config(mtp_depth=2)
   variables = tiny.variables(config)
-  huggingface.save(tmp_path / 'a', config, variables, dtype='float32')
+  export.save(tmp_path / 'a', config, variables, dtype='float32')
   tensors = _read_all(tmp_path / 'a')
   head = tensors['lm_head.weight']
   for layer in (3, 4):
@@ -82,7 +82,7 @@ def test_mtp_is_written_with_its_copies_and_read_back(tmp_path):
 
 def test_files_without_the_promised_mtp_are_loaded_and_it_is_said(tmp_path):
   config = tiny.config()
-  huggingface.save(
+  export.save(
     tmp_path / 'a',
     config,
     tiny.variables(config),
@@ -107,19 +107,19 @@ def test_unrolled_layers_are_the_stack_cut_up(tmp_path):
 @pytest.fixture
 def small_blocks(monkeypatch):
   """Blocks of 8 x 8 and 6 x 8, so that a tiny model has many, some ragged."""
-  monkeypatch.setattr(huggingface, '_DEFAULT_BLOCKS', (6, 8))
+  monkeypatch.setattr(fp8, 'DEFAULT_BLOCKS', (6, 8))
 
 
 def test_fp8_keeps_every_byte_of_numbers_and_scales(tmp_path, small_blocks):
   config = tiny.config(mtp_depth=1)
   variables = tiny.variables(config)
-  huggingface.save(tmp_path / 'a', config, variables, dtype='fp8')
+  export.save(tmp_path / 'a', config, variables, dtype='fp8')
   again, kept = huggingface.load(
     tmp_path / 'a', keep_fp8=True, param_dtype='bfloat16'
   )
   is_kept = fp8.is_quantized
   assert any(map(is_kept, jax.tree.leaves(kept, is_leaf=is_kept)))
-  huggingface.save(tmp_path / 'b', again, kept, dtype='bfloat16')
+  export.save(tmp_path / 'b', again, kept, dtype='bfloat16')
   first, second = _read_all(tmp_path / 'a'), _read_all(tmp_path / 'b')
   assert first.keys() == second.keys()
   for name, numbers in first.items():
@@ -142,7 +142,7 @@ def test_fp8_keeps_every_byte_of_numbers_and_scales(tmp_path, small_blocks):
 def test_fp8_is_dequantised_block_by_block(tmp_path, small_blocks):
   config = tiny.config()
   variables = tiny.variables(config)
-  huggingface.save(tmp_path / 'a', config, variables, dtype='fp8')
+  export.save(tmp_path / 'a', config, variables, dtype='fp8')
   loaded, dense = huggingface.load(tmp_path / 'a')
   tensors = _read_all(tmp_path / 'a')
 
@@ -364,7 +364,7 @@ _COPY = 'model.layers.3.shared_head.head.weight'
 )
 def test_what_is_wrong_is_named(tmp_path, damage, message):
   config, variables = _small()
-  huggingface.save(tmp_path / 'a', config, variables, dtype='float32')
+  export.save(tmp_path / 'a', config, variables, dtype='float32')
   damage(tmp_path / 'a')
   with pytest.raises(config_lib.UserError, match=message):
     huggingface.load(tmp_path / 'a')
@@ -378,7 +378,7 @@ def test_an_export_that_fails_leaves_nothing(tmp_path):
     raise OSError('disk full')
 
   with pytest.raises(OSError, match='disk full'):
-    huggingface.save(tmp_path / 'a', config, variables, finish=fail)
+    export.save(tmp_path / 'a', config, variables, finish=fail)
   assert not list(tmp_path.iterdir())
 
 
@@ -386,7 +386,7 @@ def test_an_export_does_not_overwrite(tmp_path):
   config, variables = _small()
   (tmp_path / 'mine').write_text('work')
   with pytest.raises(config_lib.UserError, match='exists and is not empty'):
-    huggingface.save(tmp_path, config, variables)
+    export.save(tmp_path, config, variables)
   assert (tmp_path / 'mine').read_text() == 'work'
 
 
@@ -396,4 +396,4 @@ def test_a_shape_of_no_family_is_refused(tmp_path):
     config, moe=dataclasses.replace(config.moe, score='softmax')
   )
   with pytest.raises(config_lib.UserError, match='no Hugging Face family'):
-    huggingface.save(tmp_path / 'a', odd, variables)
+    export.save(tmp_path / 'a', odd, variables)

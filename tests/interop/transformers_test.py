@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from r1jax.interop import huggingface
+from r1jax.interop import export, huggingface
 from r1jax.model import config as model_config
 from r1jax.model import transformer
 from tests import known_answers, quick
@@ -134,12 +134,12 @@ def _export(folder: pathlib.Path) -> None:
   for name in MODELS:
     source = known_answers.DATA / 'hf_models' / name
     config, variables = huggingface.load(source)
-    huggingface.save(folder / name, config, variables, dtype='float32')
+    export.save(folder / name, config, variables, dtype='float32')
     shutil.copy(source / 'io.npz', folder / name)
   tokens_BT = np.random.default_rng(0).integers(0, tiny.V, (2, 12))
   for name, config in _other_shapes():
     variables = tiny.variables(config)
-    huggingface.save(folder / name, config, variables, dtype='float32')
+    export.save(folder / name, config, variables, dtype='float32')
 
     @quick.jit
     def logits(variables, tokens_BT, config=config):

@@ -9,7 +9,7 @@ import pytest
 
 from r1jax import config as config_lib
 from r1jax.data import tokenizer
-from r1jax.interop import huggingface
+from r1jax.interop import export, huggingface
 from r1jax.model import config as model_config
 from r1jax.recipe import convert, evaluation, grpo, origin, sft
 from r1jax.train import metrics
@@ -47,7 +47,7 @@ def _model(kind) -> model_config.ModelConfig:
 def _folder(path, kind) -> str:
   """A Hugging Face folder with random weights and a tokenizer."""
   model = _model(kind)
-  huggingface.save(path, model, micro.variables(model), dtype='float32')
+  export.save(path, model, micro.variables(model), dtype='float32')
   _WRITERS[kind](path)
   return str(path)
 
@@ -250,7 +250,7 @@ def tiny_folder(tmp_path):
   rope = dataclasses.replace(config.attention.rope, interleaved=False)
   attention = dataclasses.replace(attention, rope=rope)
   config = dataclasses.replace(config, attention=attention)
-  huggingface.save(folder, config, tiny.variables(config), dtype='float32')
+  export.save(folder, config, tiny.variables(config), dtype='float32')
   return folder
 
 

@@ -1,12 +1,11 @@
 """Questions with gold answers from files, such as GSM8K's."""
 
 import dataclasses
-import hashlib
 import re
 
 from r1jax import config as config_lib
 from r1jax.data import question as question_lib
-from r1jax.data import records
+from r1jax.data import records, text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +71,8 @@ def load(
   if config.eval_paths:
     train, held_out = found, _read(config, config.eval_paths)
   else:
-    is_out = [_is_held_out(q, config.held_out_fraction) for q in found]
+    share = config.held_out_fraction
+    is_out = [text.is_held_out(q.prompt, share) for q in found]
     train = [q for q, out in zip(found, is_out, strict=True) if not out]
     held_out = [q for q, out in zip(found, is_out, strict=True) if out]
   for name, questions in (('training', train), ('held-out', held_out)):
@@ -113,8 +113,3 @@ def _gold(answer: str, config: QuestionFileConfig, where: str) -> str:
       f'{answer[-60:]!r}'
     )
   return matches[-1].strip()
-
-
-def _is_held_out(question: question_lib.Question, fraction: float) -> bool:
-  digest = hashlib.sha256(question.prompt.encode()).digest()
-  return int.from_bytes(digest[:8], 'big') < fraction * 2**64

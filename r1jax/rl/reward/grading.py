@@ -37,7 +37,7 @@ def make_grader(rule: str, tokenizer) -> Grader:
     return grade
 
   def grade_text(completion_ids: Sequence[int], gold: str) -> text.Grade:
-    finished = is_finished(completion_ids, tokenizer)
+    finished = is_finished(completion_ids, tokenizer.stop_ids)
     return text.grade(
       tokenizer.decode(completion_ids),
       gold,
@@ -48,9 +48,9 @@ def make_grader(rule: str, tokenizer) -> Grader:
   return grade_text
 
 
-def is_finished(completion_ids: Sequence[int], tokenizer) -> bool:
+def is_finished(completion_ids: Sequence[int], stop_ids: Sequence[int]) -> bool:
   """Says whether a completion ends with a stop token."""
-  return bool(completion_ids) and completion_ids[-1] in tokenizer.stop_ids
+  return bool(completion_ids) and completion_ids[-1] in stop_ids
 
 
 def check_tags(tokenizer) -> None:

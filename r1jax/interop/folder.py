@@ -1,0 +1,43 @@
+"""Folders that are complete or not there."""
+
+import contextlib
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+from r1jax import config as config_lib
+
+
+def refuse_used(folder: str | os.PathLike[str]) -> None:
+  """Raises UserError if something is there that is no empty folder."""
+  path = pathlib.Path(folder)
+  if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    raise config_lib.UserError(f'{folder} exists and is not empty')
+
+
+@contextlib.contextmanager
+def finished_under(
+  folder: str | os.PathLike[str], *, is_owner: bool
+) -> Iterator[pathlib.Path]:
+  """Yields a folder that gets its name when all is done; else it vanishes.
+
+  Args:
+    folder: The name; nothing or an empty folder is there.
+    is_owner: This process makes, renames and removes it, others only use it.
+  """
+  path = pathlib.Path(os.path.abspath(folder))
+  unfinished = path.with_name(f'.{path.name}.unfinished')
+  if is_owner:
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+  try:
+    yield unfinished
+    if is_owner:
+      if path.exists():
+        path.rmdir()
+      unfinished.rename(path)
+  except BaseException:
+    if is_owner:
+      shutil.rmtree(unfinished, ignore_errors=True)
+    raise
