@@ -9,7 +9,10 @@ from r1jax.data.tasks import question_file
 
 _GOLD = '#### (.+)'
 _ROWS = [
-  {'question': f'What is {i}+{i}?', 'answer': f'{i}+{i}\n#### {2 * i:,}'}
+  {
+    'question': f'What is {i}+{i}?',
+    'answer': f'#### {i}+{i}\n#### {2 * i:,}',  # The last one counts.
+  }
   for i in range(1000, 1020)
 ]
 
