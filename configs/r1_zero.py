@@ -58,7 +58,7 @@ def get_config() -> ml_collections.ConfigDict:
         'clip_norm': 1.0,
       },
       'train': {
-        'num_steps': 200,
+        'num_steps': 240,
         'num_microbatches': 1,
         'bias_update_speed': 0.0,  # γ = 0 outside pretraining.
         'balance_coef': 0.0,
