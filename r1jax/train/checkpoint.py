@@ -15,8 +15,8 @@ from r1jax.train import integrity, interrupt, workdir
 from r1jax.train import source_state as source_state_lib
 from r1jax.train import state as state_lib
 
-# What is being written is held in memory: a file of each writing thread and
-# some chunks. Whole arrays, their default, may be larger than what is free.
+# Chunks and files are held in memory while they are written: the larger they
+# are, the more. By default a chunk is a whole array.
 _CHUNK_BYTES = 4 << 20
 _FILE_BYTES = 16 << 20
 
@@ -233,7 +233,7 @@ def _make_manager(
     directory,
     options=ocp.CheckpointManagerOptions(**options),
     item_handlers={
-      # Weights compress by a tenth, and take ten times as long for it.
+      # Compression would cost a CPU more time than the writing.
       'state': ocp.PyTreeCheckpointHandler(use_compression=False),
       'source': source_state_lib.Handler(),
       'meta': ocp.JsonCheckpointHandler(),

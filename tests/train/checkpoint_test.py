@@ -12,6 +12,7 @@ import pytest
 
 from r1jax import config
 from r1jax.train import checkpoint
+from r1jax.train import state as state_lib
 from tests.train import toy
 
 _SOURCE = {'key': np.arange(3, dtype=np.uint32), 'place': {'step': 7}}
@@ -276,3 +277,14 @@ def test_leaving_by_an_error_finishes_the_save(states, tmp_path):
       checkpoints.save(1, _on_device(states[1]), _SOURCE)
       raise KeyboardInterrupt
   assert _restore(tmp_path)[2] == 1
+
+
+def test_large_arrays_are_written_in_pieces(tmp_path):
+  mib = 1 << 20
+  variables = {'params': jnp.arange(12 * mib, dtype=jnp.float32), 'router': {}}
+  large = state_lib.State(jnp.zeros((), jnp.int32), variables, None, None)
+  with checkpoint.Checkpoints(tmp_path, max_to_keep=1) as checkpoints:
+    checkpoints.save(0, large, {})
+  sizes = [p.stat().st_size for p in tmp_path.rglob('*') if p.is_file()]
+  assert sum(sizes) >= 48 * mib
+  assert max(sizes) <= 24 * mib
