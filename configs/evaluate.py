@@ -10,13 +10,14 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(
     {
+      'init_from': '',  # The workdir itself.
       'seed': 0,
       'tokenizer': '',  # The workdir's.
       'task': {
         'maximum': 100,
         'languages': ('en', 'zh'),
       },
-      'template': 'plain',
+      'template': 'auto',
       'rule': 'tokens',
       'num_problems': 1000,  # Distinct held-out problems.
       'num_samples': 16,  # k, as R1-Zero's cons@16.

@@ -22,6 +22,9 @@ def get_config() -> ml_collections.ConfigDict:
     'question': 'question',
     'answer': 'answer',
     'gold': '#### (.+)',
+    # As R1's users are told to ask; '' with template 'r1_zero'.
+    'instruction': 'Please reason step by step, and put your final answer '
+    r'within \boxed{}.',
     'language': 'en',
     'held_out_fraction': 0.0,
     'format': 'auto',

@@ -17,6 +17,7 @@ from r1jax import config as config_lib
 
 if typing.TYPE_CHECKING:
   from r1jax.data import tokenizer as tokenizer_lib
+  from r1jax.model import config as model_config
   from r1jax.sampling import stream as stream_lib
 
 _WORKDIR = flags.DEFINE_string(
@@ -31,15 +32,17 @@ _PROMPT = flags.DEFINE_string(
 _TEMPLATE = flags.DEFINE_string(
   'template',
   'auto',
-  'How prompts are put to the model: plain, r1_zero, deepseek, qwen3, or auto: '
-  'plain for our tokenizer, for another the one whose special tokens it has.',
+  'How prompts are put to the model: plain, r1_zero, deepseek, deepseek_v3_1, '
+  'deepseek_v2, qwen3, qwen2_5, llama3, llama3_1, or auto: as the run was '
+  'trained, else plain for our tokenizer, for another the one whose special '
+  'tokens it has.',
 )
 _SYSTEM = flags.DEFINE_string('system', '', 'System message, for templates.')
 _THINK = flags.DEFINE_bool(
   'think',
   True,
   'Let the model think: deepseek opens <think> for it; --nothink leaves that '
-  'to the model, and with qwen3 closes an empty block.',
+  'to the model, and with qwen3 and deepseek_v3_1 closes the thinking.',
 )
 _ADD_NEWLINE = flags.DEFINE_bool(
   'add_newline',
@@ -57,7 +60,7 @@ def main() -> None:
   model = origin.load_model_config(_WORKDIR.value)
   path = origin.load_tokenizer_path(_WORKDIR.value)
   tokenizer = hf_tokenizer.load_tokenizer(path)
-  template = find_template(tokenizer)
+  template = find_template(tokenizer, model)
   pretrain.prepare_tokenizer(tokenizer, model, template=template)
   encode = lambda text: encode_prompt(
     text, tokenizer, template, model.max_length
@@ -76,24 +79,24 @@ def main() -> None:
     complete(prompt_ids, index)
 
 
-def find_template(tokenizer: 'tokenizer_lib.Tokenizer') -> str:
-  """The template of the flag, or the one that suits the tokenizer.
+def find_template(
+  tokenizer: 'tokenizer_lib.Tokenizer', model: 'model_config.ModelConfig'
+) -> str:
+  """The template of the flag, or the one that suits the model.
 
   Raises:
     UserError: There is none of that name, or none that suits.
   """
-  from r1jax.data import chat, chat_tokens
-  from r1jax.data import tokenizer as tokenizer_lib
+  from r1jax.data import chat_templates
+  from r1jax.recipe import origin
 
   try:
-    if _TEMPLATE.value != 'auto':
-      chat.find(_TEMPLATE.value)
-      return _TEMPLATE.value
-    if isinstance(tokenizer, tokenizer_lib.Tokenizer):
-      return 'plain'
-    return chat_tokens.detect(tokenizer)
-  except ValueError as e:
+    if _TEMPLATE.value == 'auto':
+      return origin.find_template(_WORKDIR.value, model, tokenizer)
+    chat_templates.find(_TEMPLATE.value)
+  except (ValueError, config_lib.UserError) as e:
     raise config_lib.UserError(f'--template: {e}') from e
+  return _TEMPLATE.value
 
 
 def encode_prompt(
@@ -117,8 +120,11 @@ def encode_prompt(
     messages.insert(0, chat.Message('system', _SYSTEM.value))
   switches = {}
   if not _THINK.value:
-    switches = {'deepseek': {'open_think': False}, 'qwen3': {'thinking': False}}
-    switches = switches.get(template, {})
+    switches = {
+      'deepseek': {'open_think': False},
+      'deepseek_v3_1': {'thinking': False},
+      'qwen3': {'thinking': False},
+    }.get(template, {})
   try:
     ids = chat_tokens.encode_prompt(
       messages, tokenizer, template=template, **switches

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-from r1jax.data import chat
+from r1jax.data import chat, chat_templates
 
 
 class Tokenizer(Protocol):
@@ -59,7 +59,7 @@ def encode_segments(
   )
   _check_tokens(tokenizer, template)
   encoded = [(tokenizer.encode(text), target) for text, target in segments]
-  if chat.find(template).end_token is None:
+  if chat_templates.find(template).end_token is None:
     encoded.append(([tokenizer.eos_id], True))
   is_target = [target for ids, target in encoded for _ in ids]
   ids = with_bos([i for ids, _ in encoded for i in ids], tokenizer)
@@ -75,7 +75,7 @@ def stop_ids(tokenizer: Tokenizer, *, template: str) -> tuple[int, ...]:
     ValueError: There is no such template, or the tokenizer lacks its tokens.
   """
   _check_tokens(tokenizer, template)
-  end_token = chat.find(template).end_token
+  end_token = chat_templates.find(template).end_token
   own = tokenizer.encode(end_token) if end_token else []
   return tuple(dict.fromkeys([*own, *tokenizer.stop_ids]))
 
@@ -83,21 +83,21 @@ def stop_ids(tokenizer: Tokenizer, *, template: str) -> tuple[int, ...]:
 def detect(tokenizer: Tokenizer) -> str:
   """Names the template whose special tokens a tokenizer has.
 
-  ChatML without thinking, as of Qwen2.5, counts as 'qwen3'; Qwen2.5's own
-  template adds a system message where there is none.
+  V3.1 and V3.2 have R1's tokens, so that theirs is never found by them.
 
   Raises:
     ValueError: It has no template's.
   """
-  for name, template in chat.TEMPLATES.items():
-    if template.tokens and not _missing(tokenizer, name):
+  for name, template in chat_templates.TEMPLATES.items():
+    wanted = template.tokens + template.hallmarks
+    if wanted and not _missing(tokenizer, wanted):
       return name
-  wanted = ' nor '.join(
-    ' '.join(t.tokens) for t in chat.TEMPLATES.values() if t.tokens
+  known = dict.fromkeys(
+    ' '.join(t.tokens) for t in chat_templates.TEMPLATES.values() if t.tokens
   )
   raise ValueError(
-    f'the tokenizer has neither {wanted}: name the template, one of '
-    f'{", ".join(chat.TEMPLATES)}'
+    f'the tokenizer has neither {" nor ".join(known)}: name the template, one '
+    f'of {", ".join(chat_templates.TEMPLATES)}'
   )
 
 
@@ -108,13 +108,12 @@ def with_bos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
   return [tokenizer.bos_id, *ids]
 
 
-def _missing(tokenizer: Tokenizer, template: str) -> list[str]:
-  tokens = chat.find(template).tokens
+def _missing(tokenizer: Tokenizer, tokens: Sequence[str]) -> list[str]:
   return [token for token in tokens if len(tokenizer.encode(token)) != 1]
 
 
 def _check_tokens(tokenizer: Tokenizer, template: str) -> None:
-  missing = _missing(tokenizer, template)
+  missing = _missing(tokenizer, chat_templates.find(template).tokens)
   if missing:
     raise ValueError(
       f'template={template!r} needs the token {missing[0]}, which the '

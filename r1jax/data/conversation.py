@@ -4,7 +4,14 @@ import dataclasses
 from collections.abc import Iterator
 
 from r1jax import config as config_lib
-from r1jax.data import chat, chat_tokens, packing, records, text
+from r1jax.data import (
+  chat,
+  chat_templates,
+  chat_tokens,
+  packing,
+  records,
+  text,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,7 +20,7 @@ class ConversationConfig:
 
   Attributes:
     paths: Files or globs.
-    template: How a model reads them, one of `chat.TEMPLATES`.
+    template: How a model reads them, one of `chat_templates.TEMPLATES`.
     messages: Field with a list of {'role', 'content'}; '' if a record is one
       question and its answer.
     question: Field of the question, where there are no messages.
@@ -37,10 +44,10 @@ class ConversationConfig:
   def __post_init__(self):
     if not self.paths:
       raise ValueError('paths=() must name at least one file')
-    if self.template not in chat.TEMPLATES:
+    if self.template not in chat_templates.TEMPLATES:
       raise ValueError(
         f'template={self.template!r}, it must be one of '
-        f'{", ".join(chat.TEMPLATES)}'
+        f'{", ".join(chat_templates.TEMPLATES)}'
       )
     if self.format not in records.FORMATS:
       raise ValueError(

@@ -13,9 +13,11 @@ import jax
 from etils import epath
 
 from r1jax import config as config_lib
+from r1jax.data import hf_tokenizer
 from r1jax.data import question as question_lib
 from r1jax.evaluate import run as run_lib
 from r1jax.evaluate import scores
+from r1jax.interop import huggingface
 from r1jax.parallel import mesh as mesh_lib
 from r1jax.recipe import config_check, origin, pretrain, rollouts, tasks
 from r1jax.recipe import stage as stage_lib
@@ -30,10 +32,13 @@ class EvaluateConfig:
   """An evaluation on held-out questions.
 
   Attributes:
+    init_from: Workdir or Hugging Face folder of the model; '' for the workdir
+      itself.
     seed: Of the choice of questions and of sampling.
-    tokenizer: Path of a sentencepiece model; '' for that of the workdir.
+    tokenizer: Path of a sentencepiece model; '' for that of the model.
     task: Where the questions come from.
-    template: How they are asked, one of `chat.TEMPLATES`.
+    template: How they are asked, one of `chat_templates.TEMPLATES`; 'auto' as
+      `origin.find_template`.
     rule: How completions are graded, one of `grading.RULES`.
     num_problems: Distinct held-out questions.
     num_samples: k, completions of each, besides a greedy one.
@@ -44,6 +49,7 @@ class EvaluateConfig:
     mesh: Devices.
   """
 
+  init_from: str
   seed: int
   tokenizer: str
   task: tasks.TaskConfig
@@ -70,23 +76,34 @@ class EvaluateConfig:
 def run(
   config: EvaluateConfig, workdir: str, say: Callable[[str], None]
 ) -> dict[str, Any]:
-  """Evaluates the newest checkpoint of a workdir.
+  """Evaluates the newest checkpoint of a workdir, or of `init_from`.
 
   Writes evaluation.json (figures) and completions.jsonl (the greedy
-  completion of every question) there.
+  completion of every question) into the workdir.
 
   Returns:
     What `scores.summarise` gives, with 'step' and 'seconds' added.
 
   Raises:
-    UserError: The workdir holds no model, or fewer questions exist.
+    UserError: There is no model, the workdir is another's folder of weights,
+      or fewer questions exist.
   """
   start = time.perf_counter()
-  model = origin.load_model_config(workdir)
-  path = config.tokenizer or origin.load_tokenizer_path(workdir)
-  tokenizer = pretrain.load_tokenizer(path, model, template=config.template)
+  if huggingface.is_checkpoint(workdir):
+    raise config_lib.UserError(
+      f'workdir={workdir} is a folder of Hugging Face, results are not written '
+      f'there: give it as init_from={workdir}, and a workdir of your own'
+    )
+  source = config.init_from or workdir
+  model = origin.load_model_config(source)
+  path = config.tokenizer or origin.load_tokenizer_path(source)
+  tokenizer = hf_tokenizer.load_tokenizer(path)
+  template = config.template
+  if template == 'auto':
+    template = origin.find_template(source, model, tokenizer)
+  pretrain.prepare_tokenizer(tokenizer, model, template=template)
   mesh = stage_lib.make_mesh(config.mesh)
-  model = origin.for_mesh(model, workdir, mesh)
+  model = origin.for_mesh(model, source, mesh)
   config_check.check_rows('batch_size', config.batch_size, mesh)
   config_check.check_length(
     'max_prompt_tokens + max_new_tokens',
@@ -94,13 +111,15 @@ def run(
     model,
   )
   task = tasks.make_task(
-    config.task, seed=config.seed, render=tasks.renderer(config.template)
+    config.task, seed=config.seed, render=tasks.renderer(template)
   )
   questions = task.held_out(config.num_problems, config.seed)
   prompt_PT, length_P = rollouts.encode_prompts(
     questions, tokenizer, config.max_prompt_tokens
   )
-  variables, step = origin.load_variables(workdir, model, mesh, say=say)
+  if config.init_from:
+    _claim(workdir, config)
+  variables, step = origin.load_variables(source, model, mesh, say=say)
   make = lambda sampling: generate.make_generate(
     model,
     mesh,
@@ -171,6 +190,16 @@ def _shown_calls(
 
   with shown:
     yield wrap
+
+
+def _claim(workdir: str, config: EvaluateConfig) -> None:
+  """Makes the workdir one of evaluations of this model alone."""
+  values = config_lib.to_dict(config)
+  workdir_lib.prepare(
+    workdir,
+    {'evaluate': values},
+    may_differ=[f'evaluate.{key}' for key in values if key != 'init_from'],
+  )
 
 
 def _write(

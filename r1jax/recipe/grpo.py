@@ -75,7 +75,7 @@ class GrpoConfig:
     init_from: Workdir of the model to start from.
     tokenizer: Path of a sentencepiece model; '' for that of `init_from`.
     task: Where the questions come from.
-    template: How they are asked, one of `chat.TEMPLATES`.
+    template: How they are asked, one of `chat_templates.TEMPLATES`.
     eval_problems: Held-out questions that are answered greedily every
       `train.eval_every` steps and at the end; 0 for no evaluation.
     rollout: Sampling.

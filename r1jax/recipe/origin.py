@@ -12,6 +12,8 @@ import jax
 from etils import epath
 
 from r1jax import config as config_lib
+from r1jax.data import chat_templates, chat_tokens
+from r1jax.data import tokenizer as tokenizer_lib
 from r1jax.interop import huggingface
 from r1jax.model import config as model_config
 from r1jax.model import transformer
@@ -58,6 +60,37 @@ def load_tokenizer_path(folder: str) -> str:
   if huggingface.is_checkpoint(folder):
     return folder
   return _read_config(folder).get('tokenizer', '')
+
+
+def find_template(
+  folder: str,
+  model: model_config.ModelConfig,
+  tokenizer: chat_tokens.Tokenizer,
+) -> str:
+  """How a folder's model is asked, one of `chat_templates.TEMPLATES`.
+
+  That of the workdir's own training; else 'plain' with our tokenizer, and with
+  another the template whose special tokens it has. A model with V3.2's indexer
+  reads 'deepseek_v3_1'.
+
+  Raises:
+    UserError: The folder is no workdir with a model, or its tokenizer has no
+      template's tokens.
+  """
+  if not huggingface.is_checkpoint(folder):
+    config = _read_config(folder)
+    data = config.get('data', {})
+    for template in (config.get('template'), data.get('template')):
+      if template in chat_templates.TEMPLATES:
+        return template
+  if isinstance(tokenizer, tokenizer_lib.Tokenizer):
+    return 'plain'
+  try:
+    template = chat_tokens.detect(tokenizer)
+  except ValueError as e:
+    raise config_lib.UserError(str(e)) from e
+  is_sparse = getattr(model.attention, 'indexer', None) is not None
+  return 'deepseek_v3_1' if is_sparse and template == 'deepseek' else template
 
 
 def load_variables(

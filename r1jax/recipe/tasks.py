@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from r1jax import config as config_lib
-from r1jax.data import chat, corpus
+from r1jax.data import chat, chat_templates, corpus
 from r1jax.data import question as question_lib
 from r1jax.data.tasks import arithmetic, question_file
 
@@ -59,7 +59,7 @@ def renderer(template: str) -> Callable[[str], str]:
     UserError: There is no such template.
   """
   try:
-    chat.find(template)
+    chat_templates.find(template)
   except ValueError as e:
     raise config_lib.UserError(str(e)) from e
   return lambda question: chat.render(
@@ -80,8 +80,9 @@ def to_question(
 
 
 def _make_file_task(config, seed, render) -> Task:
+  below = f'\n{config.instruction}' if config.instruction else ''
   train, held_out = (
-    [dataclasses.replace(q, prompt=render(q.prompt)) for q in questions]
+    [dataclasses.replace(q, prompt=render(q.prompt + below)) for q in questions]
     for questions in question_file.load(config)
   )
 
@@ -90,6 +91,8 @@ def _make_file_task(config, seed, render) -> Task:
     return np.random.default_rng((seed, epoch)).permutation(len(train))
 
   def training(index: int) -> question_lib.Question:
+    if not train:
+      raise config_lib.UserError('task.paths=() names no training questions')
     epoch, place = divmod(index, len(train))
     return train[order_of(epoch)[place]]
 

@@ -11,7 +11,7 @@ import jinja2.sandbox
 import pytest
 from hypothesis import strategies as st
 
-from r1jax.data import chat
+from r1jax.data import chat, chat_templates
 from tests import known_answers
 
 _FRAGMENTS = (
@@ -29,7 +29,7 @@ _FRAGMENTS = (
 )
 _CONTENTS = st.lists(st.sampled_from(_FRAGMENTS), max_size=6).map(''.join)
 _CONVERSATIONS = st.lists(
-  st.builds(chat.Message, st.sampled_from(chat.ROLES), _CONTENTS),
+  st.builds(chat.Message, st.sampled_from(chat_templates.ROLES), _CONTENTS),
   min_size=1,
   max_size=7,
 )
@@ -158,7 +158,7 @@ def test_qwen3_s_generation_prompt(thinking, question, opened):
   ],
 )
 def test_the_last_flag_wins(contents, system, expected):
-  assert chat.is_thinking(_talk(*contents, system=system)) is expected
+  assert chat_templates.is_thinking(_talk(*contents, system=system)) is expected
 
 
 def test_qwen3_of_one_turn():
@@ -220,6 +220,122 @@ def test_qwen3_keeps_no_thinking_where_there_is_no_question():
   assert text == (
     '<|im_start|>system\nS<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n'
   )
+
+
+# ---- The others, as their models' own templates write them -----------------
+
+
+@pytest.mark.parametrize(
+  ('template', 'system', 'expected'),
+  [
+    (
+      'deepseek_v3_1',
+      None,
+      '<｜begin▁of▁sentence｜><｜User｜> Q<｜Assistant｜></think>\n\nA'
+      '<｜end▁of▁sentence｜><｜User｜>R\n<｜Assistant｜><think>',
+    ),
+    (
+      'deepseek_v2',
+      'S',
+      f'<｜begin▁of▁sentence｜>S\n\nUser:  Q\n\nAssistant: {_THOUGHT}'
+      '<｜end▁of▁sentence｜>User: R\n\n\nAssistant:',
+    ),
+    (
+      'qwen2_5',
+      None,
+      '<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a '
+      'helpful assistant.<|im_end|>\n<|im_start|>user\n Q<|im_end|>\n'
+      f'<|im_start|>assistant\n{_THOUGHT}<|im_end|>\n'
+      '<|im_start|>user\nR\n<|im_end|>\n<|im_start|>assistant\n',
+    ),
+    (
+      'qwen2_5',
+      'S',
+      '<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n Q<|im_end|>\n'
+      f'<|im_start|>assistant\n{_THOUGHT}<|im_end|>\n'
+      '<|im_start|>user\nR\n<|im_end|>\n<|im_start|>assistant\n',
+    ),
+    (
+      'llama3',
+      None,
+      '<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n'
+      'Q<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n'
+      f'{_THOUGHT}<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n'
+      'R<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n',
+    ),
+    (
+      'llama3_1',
+      ' S\n',
+      '<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n'
+      'Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n'
+      'S<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n'
+      'Q<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n'
+      f'{_THOUGHT}<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n'
+      'R<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n',
+    ),
+  ],
+)
+def test_a_conversation_of_two_questions(template, system, expected):
+  messages = _talk(' Q', _THOUGHT, 'R\n', system=system)
+  assert chat.render(messages, template=template) == expected
+
+
+def test_llama3_1_says_the_dates_without_a_system_message_too():
+  text = chat.render(_talk('Q'), template='llama3_1')
+  assert text.startswith(
+    '<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n'
+    'Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n'
+    '<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nQ<|eot_id|>'
+  )
+
+
+@pytest.mark.parametrize(
+  ('thinking', 'opened'),
+  [(None, '<think>'), (True, '<think>'), (False, '</think>')],
+)
+def test_deepseek_v3_1_opens_or_closes_the_thinking(thinking, opened):
+  render = lambda messages: chat.render(
+    messages, template='deepseek_v3_1', thinking=thinking
+  )
+  assert render(_talk('Q')).endswith(f'Q<｜Assistant｜>{opened}')
+  # It answers users only.
+  assert render(_talk('Q', 'A')).endswith('</think>A<｜end▁of▁sentence｜>')
+  answers = _talk('Q', 'A')[1:] * 2
+  assert render(answers) == (
+    '<｜begin▁of▁sentence｜>A<｜end▁of▁sentence｜>A<｜end▁of▁sentence｜>'
+  )
+
+
+def test_what_deepseek_v3_1_learns_of_an_answer():
+  learn = lambda answer: chat.render_segments(
+    _talk('Q', answer), template='deepseek_v3_1'
+  )
+  head = '<｜begin▁of▁sentence｜><｜User｜>Q<｜Assistant｜>'
+  end = '<｜end▁of▁sentence｜>'
+  thought = f'{_THOUGHT.removeprefix("<think>")}{end}'
+  assert learn(_THOUGHT) == [(f'{head}<think>', False), (thought, True)]
+  assert learn('A') == [(f'{head}</think>', False), (f'A{end}', True)]
+
+
+@pytest.mark.parametrize(
+  'template', ['deepseek_v2', 'qwen2_5', 'llama3', 'llama3_1']
+)
+@pytest.mark.parametrize('system', [None, 'S'])
+def test_targets_of_the_others_go_on_from_the_prompt(template, system):
+  messages = _talk('Q', 'A', 'R', _THOUGHT, system=system)
+  segments = chat.render_segments(
+    messages, template=template, train_on_earlier=True
+  )
+  whole = chat.render(messages, template=template, add_generation_prompt=False)
+  assert _join(segments) == whole
+  end = chat_templates.TEMPLATES[template].end_token
+  targets = [target.lstrip() for target in _targets(segments)]
+  assert targets == [f'A{end}', f'{_THOUGHT}{end}']
+  alone = _targets(chat.render_segments(messages, template=template))
+  assert [target.lstrip() for target in alone] == targets[1:]
+  prompt = chat.render(messages[:-1], template=template)
+  last = max(i for i, (_, is_target) in enumerate(segments) if is_target)
+  assert _join(segments[:last]) == prompt
 
 
 # ---- One question ---------------------------------------------------------
@@ -309,7 +425,7 @@ def test_no_segment_is_empty():
 )
 def test_earlier_turns_are_targets_only_if_asked(template, targets):
   messages = _talk('Q', _THOUGHT, 'R', '<think>hm</think>B')
-  end = chat.TEMPLATES[template].end_token
+  end = chat_templates.TEMPLATES[template].end_token
   targets = [targets[0], targets[1] + end]
   render_segments = lambda **switches: _targets(
     chat.render_segments(messages, template=template, **switches)
@@ -339,14 +455,14 @@ def test_content_must_be_text():
 
 
 def test_an_unknown_template_is_refused_with_the_list():
-  names = "template='llama' must be one of deepseek, qwen3, r1_zero, plain"
+  names = "template='llama' must be one of deepseek, .*, r1_zero, plain"
   with pytest.raises(ValueError, match=names):
     chat.render([_USER_ASKS], template='llama')
   with pytest.raises(ValueError, match=names):
     chat.render_segments(_talk('Q', 'A'), template='llama')
 
 
-@pytest.mark.parametrize('template', chat.TEMPLATES)
+@pytest.mark.parametrize('template', chat_templates.TEMPLATES)
 def test_what_cannot_be_rendered(template):
   with pytest.raises(ValueError, match='at least one'):
     chat.render([], template=template)
@@ -360,12 +476,12 @@ def test_what_cannot_be_rendered(template):
   ('template', 'switch', 'owner'),
   [
     ('qwen3', {'open_think': False}, 'deepseek'),
-    ('deepseek', {'thinking': False}, 'qwen3'),
-    ('deepseek', {'thinking': True}, 'qwen3'),
+    ('deepseek', {'thinking': False}, 'deepseek_v3_1 or qwen3'),
+    ('deepseek', {'thinking': True}, 'deepseek_v3_1 or qwen3'),
     ('plain', {'open_think': False}, 'deepseek'),
-    ('r1_zero', {'thinking': False}, 'qwen3'),
+    ('llama3', {'thinking': False}, 'deepseek_v3_1 or qwen3'),
   ],
 )
 def test_a_switch_of_another_template_is_refused(template, switch, owner):
-  with pytest.raises(ValueError, match=f'is for template {owner!r}'):
+  with pytest.raises(ValueError, match=f'is for template {owner}, not'):
     chat.render([_USER_ASKS], template=template, **switch)

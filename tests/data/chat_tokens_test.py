@@ -2,7 +2,13 @@
 
 import pytest
 
-from r1jax.data import chat, chat_tokens, hf_tokenizer, tokenizer
+from r1jax.data import (
+  chat,
+  chat_templates,
+  chat_tokens,
+  hf_tokenizer,
+  tokenizer,
+)
 from tests.data import tiny_tokenizer
 
 _QUESTION = [chat.Message('user', 'What is 37+45?')]
@@ -14,17 +20,20 @@ _BOTH = [*_QUESTION, chat.Message('assistant', _ANSWER)]
 def tokenizers(tmp_path_factory) -> dict:
   """By the template that each is for."""
   folder = tmp_path_factory.mktemp('tokenizers')
-  deepseek = tiny_tokenizer.write_deepseek(folder / 'deepseek')
-  qwen = tiny_tokenizer.write_qwen(folder / 'qwen')
-  return {
-    'deepseek': hf_tokenizer.HfTokenizer.load(deepseek),
-    'qwen3': hf_tokenizer.HfTokenizer.load(qwen),
-    'r1_zero': tokenizer.default(),
-    'plain': tokenizer.default(),
+  folders = {
+    'deepseek': tiny_tokenizer.write_deepseek(folder / 'deepseek'),
+    'deepseek_v2': tiny_tokenizer.write_deepseek_v2(folder / 'v2'),
+    'qwen3': tiny_tokenizer.write_qwen(folder / 'qwen'),
+    'qwen2_5': tiny_tokenizer.write_qwen2_5(folder / 'qwen2_5'),
+    'llama3': tiny_tokenizer.write_llama3(folder / 'llama3'),
+    'llama3_1': tiny_tokenizer.write_llama3(folder / 'llama', '<|eom_id|>'),
   }
+  loaded = {k: hf_tokenizer.HfTokenizer.load(v) for k, v in folders.items()}
+  loaded['deepseek_v3_1'] = loaded['deepseek']
+  return loaded | dict.fromkeys(('r1_zero', 'plain'), tokenizer.default())
 
 
-@pytest.mark.parametrize('template', chat.TEMPLATES)
+@pytest.mark.parametrize('template', chat_templates.TEMPLATES)
 def test_a_prompt_begins_with_bos_once(tokenizers, template):
   tok = tokenizers[template]
   ids = chat_tokens.encode_prompt(_QUESTION, tok, template=template)
@@ -34,13 +43,17 @@ def test_a_prompt_begins_with_bos_once(tokenizers, template):
   else:
     assert ids[0] == tok.bos_id
     assert ids.count(tok.bos_id) == 1
-    bos = chat.TEMPLATES[template].tokens[:1]
+    bos = chat_templates.TEMPLATES[template].tokens[:1]
     assert ids[1:] == tok.encode(text.removeprefix(''.join(bos)))
 
 
 @pytest.mark.parametrize(
   ('template', 'switches'),
-  [('deepseek', {'open_think': False}), ('qwen3', {'thinking': False})],
+  [
+    ('deepseek', {'open_think': False}),
+    ('deepseek_v3_1', {'thinking': False}),
+    ('qwen3', {'thinking': False}),
+  ],
 )
 def test_switches_reach_the_prompt(tokenizers, template, switches):
   tok = tokenizers[template]
@@ -50,7 +63,7 @@ def test_switches_reach_the_prompt(tokenizers, template, switches):
   assert ids != chat_tokens.encode_prompt(_QUESTION, tok, template=template)
 
 
-@pytest.mark.parametrize('template', chat.TEMPLATES)
+@pytest.mark.parametrize('template', chat_templates.TEMPLATES)
 def test_targets_go_on_from_the_prompt_and_end_at_a_stop_id(
   tokenizers, template
 ):
@@ -64,12 +77,16 @@ def test_targets_go_on_from_the_prompt_and_end_at_a_stop_id(
   assert len(ids) == len(is_target)
   targets = [i for i, target in zip(ids, is_target) if target]
   assert is_target.index(True) == len(prompt)
-  assert tok.decode(targets) == _ANSWER
+  # V2 writes the space after its own name; V3.1's prompt opened the thinking.
+  before = {'deepseek_v2': (' ', ''), 'deepseek_v3_1': ('', '<think>')}
+  added, opened = before.get(template, ('', ''))
+  assert tok.decode(targets) == added + _ANSWER.removeprefix(opened)
   assert targets[-1] == tok.eos_id
   assert targets[-1] in chat_tokens.stop_ids(tok, template=template)
   # Only ChatML goes on after the end of a turn.
   after = ids[len(prompt) + len(targets) :]
-  assert after == (tok.encode('\n') if template == 'qwen3' else [])
+  is_chatml = template in ('qwen3', 'qwen2_5')
+  assert after == (tok.encode('\n') if is_chatml else [])
 
 
 def test_no_token_spans_the_seam():
@@ -125,7 +142,10 @@ def test_a_base_model_stops_at_the_end_of_a_turn_too():
 # ---- Which template -------------------------------------------------------
 
 
-@pytest.mark.parametrize('template', ['deepseek', 'qwen3'])
+@pytest.mark.parametrize(
+  'template',
+  ['deepseek', 'deepseek_v2', 'qwen3', 'qwen2_5', 'llama3', 'llama3_1'],
+)
 def test_the_special_tokens_tell_the_template(tokenizers, template):
   assert chat_tokens.detect(tokenizers[template]) == template
 
@@ -168,5 +188,5 @@ def test_a_template_of_another_tokenizer_is_refused(
 
 
 def test_an_unknown_template_is_refused_with_the_list(tokenizers):
-  with pytest.raises(ValueError, match='must be one of deepseek, qwen3'):
+  with pytest.raises(ValueError, match='must be one of deepseek, '):
     chat_tokens.stop_ids(tokenizers['plain'], template='llama')

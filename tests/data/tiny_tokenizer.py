@@ -14,6 +14,12 @@ DEEPSEEK = ('<｜begin▁of▁sentence｜>', '<｜end▁of▁sentence｜>')
 DEEPSEEK_ADDED = ('<think>', '</think>', '<｜User｜>', '<｜Assistant｜>')
 QWEN = ('<|endoftext|>', '<|im_start|>', '<|im_end|>')
 QWEN_ADDED = ('<think>', '</think>')
+LLAMA = (
+  '<|begin_of_text|>',
+  '<|eot_id|>',
+  '<|start_header_id|>',
+  '<|end_header_id|>',
+)
 
 
 def byte_level(
@@ -78,6 +84,26 @@ def write_qwen(folder: pathlib.Path) -> pathlib.Path:
     },
     generation_config={'eos_token_id': [2, 0]},
   )
+
+
+def write_deepseek_v2(folder: pathlib.Path) -> pathlib.Path:
+  """Has no tokens for who speaks."""
+  bos, eos = DEEPSEEK
+  settings = {'add_bos_token': True, 'bos_token': bos, 'eos_token': eos}
+  return write(folder, byte_level(DEEPSEEK), tokenizer_config=settings)
+
+
+def write_qwen2_5(folder: pathlib.Path) -> pathlib.Path:
+  """Has ChatML and no tags of thinking."""
+  settings = {'eos_token': '<|im_end|>', 'pad_token': '<|endoftext|>'}
+  return write(folder, byte_level(QWEN), tokenizer_config=settings)
+
+
+def write_llama3(folder: pathlib.Path, *further: str) -> pathlib.Path:
+  """Begins with bos; 3.1 has '<|eom_id|>' further."""
+  settings = {'bos_token': '<|begin_of_text|>', 'eos_token': '<|eot_id|>'}
+  tokenizer = byte_level((*LLAMA, *further))
+  return write(folder, tokenizer, tokenizer_config=settings)
 
 
 def read_r1(folder: pathlib.Path) -> tuple[str, dict[str, Any]]:

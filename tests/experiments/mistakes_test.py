@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import jax
 import pytest
 
 from r1jax import config as config_lib
+from r1jax.interop import export
 from r1jax.recipe import demo, evaluation, grpo, pretrain
 from r1jax.recipe import stage as stage_lib
 from r1jax.train import loop, metrics
@@ -159,6 +161,28 @@ def test_evaluating_what_is_no_run(tmp_path):
   (tmp_path / 'config.json').write_text('{"model"')
   with pytest.raises(config_lib.UserError, match='holds no model config'):
     evaluation.run(_load('evaluate', {}), str(tmp_path), print)
+
+
+def test_results_are_not_written_beside_the_weights_of_others(tmp_path):
+  folder = tmp_path / 'weights'
+  model = recipe_micro.model()
+  export.save(folder, model, recipe_micro.variables(model), dtype='float32')
+  before = sorted(os.listdir(folder))
+  with pytest.raises(config_lib.UserError, match='give it as init_from='):
+    evaluation.run(_load('evaluate', {}), str(folder), print)
+  assert sorted(os.listdir(folder)) == before
+
+
+def test_results_of_one_model_are_not_written_over_those_of_another(
+  tmp_path, base
+):
+  # A run's own workdir neither.
+  other = tmp_path / 'other'
+  shutil.copytree(base, other)
+  config = _load('evaluate', {'init_from': str(other)})
+  with pytest.raises(config_lib.UserError, match='belongs to another config'):
+    evaluation.run(config, base, print)
+  assert os.listdir(base) == ['config.json']
 
 
 def _text(path):

@@ -127,10 +127,11 @@ def test_an_imported_model_is_evaluated_with_its_template(tmp_path):
   config = config_lib.from_dict(
     evaluation.EvaluateConfig,
     {
+      'init_from': folder,
       'seed': 0,
       'tokenizer': '',
       'task': _task(tmp_path),
-      'template': 'qwen3',
+      'template': 'auto',
       'rule': 'boxed',
       'num_problems': 8,
       'num_samples': 2,

@@ -13,12 +13,14 @@ class QuestionFileConfig:
   """Which files, and where in a record question and answer stand.
 
   Attributes:
-    paths: Files or globs of training questions.
+    paths: Files or globs of training questions; () if none are trained on.
     eval_paths: Of held-out questions; () keeps a share of the others.
     question: Field of the question.
     answer: Field of the answer.
     gold: Pattern whose last match in the answer has the gold answer as its
       group 1, such as GSM8K's '#### (.+)'; '' for the whole field.
+    instruction: Put below every question; '' for nothing. Models differ in
+      what they were trained to be asked.
     language: Language it is reported under.
     held_out_fraction: Share, in [0, 1), that is held out, chosen by a hash of
       the question alone; only without `eval_paths`.
@@ -30,12 +32,13 @@ class QuestionFileConfig:
   question: str = 'question'
   answer: str = 'answer'
   gold: str = ''
+  instruction: str = ''
   language: str = 'en'
   held_out_fraction: float = 0.0
   format: str = 'auto'
 
   def __post_init__(self):
-    if not self.paths:
+    if not self.paths and not self.eval_paths:
       raise ValueError('paths=() must name at least one file')
     if self.format not in records.FORMATS:
       raise ValueError(
@@ -63,9 +66,11 @@ def load(
 ) -> tuple[list[question_lib.Question], list[question_lib.Question]]:
   """Training and held-out questions, in the order of the files.
 
+  Instructions are left to who asks.
+
   Raises:
     UserError: As `records.read`; an answer without a gold answer; or no
-      question on one of the sides.
+      question on one of the sides, though files are named.
   """
   found = _read(config, config.paths)
   if config.eval_paths:
@@ -76,7 +81,7 @@ def load(
     train = [q for q, out in zip(found, is_out, strict=True) if not out]
     held_out = [q for q, out in zip(found, is_out, strict=True) if out]
   for name, questions in (('training', train), ('held-out', held_out)):
-    if not questions:
+    if not questions and (config.paths or name == 'held-out'):
       raise config_lib.UserError(
         f'there is no {name} question in {", ".join(config.paths)}, '
         f'held_out_fraction={config.held_out_fraction}'

@@ -33,6 +33,15 @@ def test_gold_answers_and_two_files(tmp_path):
   assert [q.prompt for q in held_out] == [r['question'] for r in _ROWS[15:]]
 
 
+def test_questions_to_evaluate_alone(tmp_path):
+  path = _write(tmp_path / 'test.jsonl', _ROWS)
+  config = question_file.QuestionFileConfig(
+    paths=(), eval_paths=(path,), gold=_GOLD
+  )
+  train, held_out = question_file.load(config)
+  assert not train and len(held_out) == len(_ROWS)
+
+
 def test_a_share_is_held_out_by_the_question_alone(tmp_path):
   changes = {'held_out_fraction': 0.3, 'gold': _GOLD}
   sides = []
