@@ -71,6 +71,25 @@ def to_dict(value: Any) -> Any:
   return value
 
 
+def check_at_least(config: Any, least: float, *names: str) -> None:
+  """Checks fields of a dataclass; None passes, nan does not.
+
+  Raises:
+    ValueError: A field is less; it is named with its value.
+  """
+  for name in names:
+    value = getattr(config, name)
+    if value is not None and not value >= least:
+      raise ValueError(f'{name}={value} must be at least {least}')
+
+
+def check_positive(config: Any, *names: str) -> None:
+  """Checks fields of a dataclass likewise: more than 0."""
+  for name in names:
+    if not getattr(config, name) > 0:
+      raise ValueError(f'{name}={getattr(config, name)} must be positive')
+
+
 def _join(path: str, key: str) -> str:
   return f'{path}.{key}' if path else key
 

@@ -1,5 +1,6 @@
 """Every config file loads strictly, and its numbers fit each other."""
 
+import copy
 import functools
 import itertools
 import pathlib
@@ -86,6 +87,49 @@ def test_a_key_too_many_is_an_error(name):
   values = _values(name) | {'no_such_key': 1}
   with pytest.raises(config_lib.UserError, match='no_such_key'):
     config_lib.from_dict(type(_load(name)), values)
+
+
+# Numbers that switch something off, or are a share or weight of nothing.
+_MAY_BE_ZERO = {
+  *('seed', 'mtp_depth', 'num_dense_layers', 'num_shared', 'init_std'),
+  *('uneven', 'good_guess', 'held_out_fraction', 'mtp_coef', 'kl_coef'),
+  *('b1', 'b2', 'final_lr_ratio', 'warmup_steps', 'weight_decay'),
+  *('balance_coef', 'bias_update_speed', 'format_weight', 'accuracy_weight'),
+  *('checkpoint_every', 'eval_every', 'reference_every', 'gap_every'),
+  *('samples_every', 'eval_problems', 'temperature', 'top_k'),
+}
+
+
+def _numbers(values: dict, path: tuple[str, ...] = ()):
+  """Yields the path and value of every number of nested dicts."""
+  for key, value in values.items():
+    if isinstance(value, dict):
+      yield from _numbers(value, (*path, key))
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+      yield (*path, key), value
+
+
+@pytest.mark.parametrize(
+  'name',
+  ['pretrain.py', 'r1_zero.py', 'evaluate.py', 'sft_gsm8k.py', 'generate.py'],
+)
+def test_impossible_numbers_are_refused_and_named(name):
+  values, cls = _values(name), type(_load(name))
+  for path, value in _numbers(values):
+    *above, key = path
+    if above == ['mesh']:
+      continue  # -1 stands for what is left.
+    for wrong in (0, -1):
+      if wrong == 0 and (key in _MAY_BE_ZERO or name == 'generate.py'):
+        continue
+      changed = copy.deepcopy(values)
+      functools.reduce(dict.__getitem__, above, changed)[key] = type(value)(
+        wrong
+      )
+      with pytest.raises(config_lib.UserError) as error:
+        config_lib.from_dict(cls, changed)
+        pytest.fail(f'{".".join(path)}={wrong} is accepted')
+      assert key in str(error.value)
 
 
 def test_rows_fit_the_model_and_its_vocabulary_holds_the_tokenizers():

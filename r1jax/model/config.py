@@ -1,9 +1,11 @@
 """The shape of a model, as frozen dataclasses; every rule checked here."""
 
 import dataclasses
+import functools
 import math
 
 from pallas_kernels.routed_swiglu import ops as routed_swiglu_ops
+from r1jax import config as config_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +31,7 @@ class YarnConfig:
   mscale_all_dim: float = 1.0
 
   def __post_init__(self):
-    if self.factor < 1 or self.original_length < 1:
-      raise ValueError(
-        f'factor={self.factor}, original_length={self.original_length}: '
-        'both must be at least 1'
-      )
+    config_lib.check_at_least(self, 1, 'factor', 'original_length')
 
   @property
   def rotation_factor(self) -> float:
@@ -73,11 +71,7 @@ class Llama3RopeConfig:
   original_length: int
 
   def __post_init__(self):
-    if self.factor < 1 or self.original_length < 1:
-      raise ValueError(
-        f'factor={self.factor}, original_length={self.original_length}: '
-        'both must be at least 1'
-      )
+    config_lib.check_at_least(self, 1, 'factor', 'original_length')
     if not 0 < self.low_freq_factor < self.high_freq_factor:
       raise ValueError(
         f'low_freq_factor={self.low_freq_factor} must be positive and less '
@@ -99,6 +93,9 @@ class RopeConfig:
   interleaved: bool
   scaling: YarnConfig | Llama3RopeConfig | None = None
 
+  def __post_init__(self):
+    config_lib.check_positive(self, 'theta')
+
 
 @dataclasses.dataclass(frozen=True)
 class IndexerConfig:
@@ -117,8 +114,7 @@ class IndexerConfig:
   dense: bool = False
 
   def __post_init__(self):
-    if self.top_k < 1:
-      raise ValueError(f'top_k={self.top_k} must be at least 1')
+    config_lib.check_at_least(self, 1, 'num_heads', 'head_dim', 'top_k')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +144,10 @@ class MlaConfig:
   indexer: IndexerConfig | None = None
 
   def __post_init__(self):
+    config_lib.check_at_least(
+      self, 1, 'num_heads', 'q_lora_rank', 'kv_lora_rank', 'nope_head_dim'
+    )
+    config_lib.check_at_least(self, 1, 'v_head_dim', 'rope_head_dim')
     if self.rope_head_dim % 2:
       raise ValueError(f'rope_head_dim={self.rope_head_dim} must be even')
     if self.indexer is None:
@@ -198,6 +198,7 @@ class GqaConfig:
   qk_norm: bool = False
 
   def __post_init__(self):
+    config_lib.check_at_least(self, 1, 'num_heads', 'head_dim')
     if self.head_dim % 2:
       raise ValueError(f'head_dim={self.head_dim} must be even')
     if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
@@ -252,6 +253,9 @@ class MoeConfig:
   implementation: str = 'xla'
 
   def __post_init__(self):
+    config_lib.check_at_least(self, 1, 'expert_dim', 'block')
+    config_lib.check_at_least(self, 0, 'num_shared')
+    config_lib.check_positive(self, 'scale')
     if not 1 <= self.top_k <= self.num_experts:
       raise ValueError(
         f'top_k={self.top_k} of num_experts={self.num_experts}: top_k must '
@@ -332,6 +336,9 @@ class ModelConfig:
   scan_layers: bool = True
 
   def __post_init__(self):
+    check = functools.partial(config_lib.check_at_least, self)
+    check(1, 'vocab_size', 'embed_dim', 'num_layers', 'max_length')
+    check(0, 'mtp_depth', 'norm_eps', 'init_std')
     if not 0 <= self.num_dense_layers <= self.num_layers:
       raise ValueError(
         f'num_dense_layers={self.num_dense_layers} must lie between 0 and '
@@ -342,9 +349,9 @@ class ModelConfig:
         f'moe=None needs num_dense_layers={self.num_layers}, it is '
         f'{self.num_dense_layers}'
       )
+    if self.num_dense_layers:
+      check(1, 'dense_dim')
     if self.dtype not in ('float32', 'bfloat16'):
       raise ValueError(
         f"dtype={self.dtype!r}, it must be 'float32' or 'bfloat16'"
       )
-    if self.mtp_depth < 0:
-      raise ValueError(f'mtp_depth={self.mtp_depth} must not be negative')

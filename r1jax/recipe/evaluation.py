@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -68,9 +69,10 @@ class EvaluateConfig:
       raise ValueError(
         f'rule={self.rule!r}, it must be one of {", ".join(grading.RULES)}'
       )
-    for name in ('num_problems', 'num_samples', 'batch_size'):
-      if getattr(self, name) < 1:
-        raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
+    check = functools.partial(config_lib.check_at_least, self)
+    check(0, 'seed')
+    check(1, 'num_problems', 'num_samples', 'batch_size')
+    check(1, 'max_prompt_tokens', 'max_new_tokens')
 
 
 def run(

@@ -59,11 +59,8 @@ class LossConfig:
           f'{name}={getattr(self, name)!r}, it must be one of '
           f'{", ".join(known)}'
         )
-    if self.clip_low <= 0 or self.clip_high <= 0:
-      raise ValueError(
-        f'clip_low={self.clip_low} and clip_high={self.clip_high} must be '
-        'positive'
-      )
+    config_lib.check_positive(self, 'clip_low', 'clip_high')
+    config_lib.check_at_least(self, 0, 'kl_coef')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,10 +97,7 @@ class GrpoConfig:
   def __post_init__(self):
     if not self.init_from:
       raise ValueError("init_from='' must name the workdir of a base model")
-    if self.eval_problems < 0:
-      raise ValueError(
-        f'eval_problems={self.eval_problems} must not be negative'
-      )
+    config_lib.check_at_least(self, 0, 'seed', 'eval_problems')
 
 
 REDUCTIONS = {

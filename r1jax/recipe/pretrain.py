@@ -60,6 +60,9 @@ class PretrainConfig:
   init_from: str
 
   def __post_init__(self):
+    config_lib.check_at_least(self, 0, 'seed', 'mtp_coef')
+    config_lib.check_at_least(self, 1, 'batch_size', 'eval_rows')
+    config_lib.check_at_least(self, 2, 'row_length')
     if self.row_length > self.model.max_length:
       raise ValueError(
         f'row_length={self.row_length} exceeds model.max_length='
@@ -72,10 +75,6 @@ class PretrainConfig:
           f'optim.trainable={self.optim.trainable!r} with a dense indexer, it '
           "must be 'indexer': the warm-up trains nothing else"
         )
-    if self.row_length < 2:
-      raise ValueError(f'row_length={self.row_length} must be at least 2')
-    if self.eval_rows < 1:
-      raise ValueError(f'eval_rows={self.eval_rows} must be at least 1')
 
 
 Tokenizer = tokenizer_lib.Tokenizer | hf_tokenizer.HfTokenizer

@@ -1,6 +1,7 @@
 """What GRPO trains on: rollouts, their rewards, and minibatches of them."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -64,6 +65,10 @@ class RolloutConfig:
       raise ValueError(
         f'rule={self.rule!r}, it must be one of {", ".join(grading.RULES)}'
       )
+    check = functools.partial(config_lib.check_at_least, self)
+    check(1, 'num_prompts', 'max_prompt_tokens', 'max_new_tokens')
+    check(1, 'max_rollouts', 'rows_multiple')
+    check(0, 'format_weight', 'accuracy_weight', 'gap_every', 'samples_every')
     if self.group_size < 2:
       raise ValueError(
         f'group_size={self.group_size} must be at least 2: the advantage '
@@ -90,9 +95,6 @@ class RolloutConfig:
         f'row_length={self.row_length} must hold max_prompt_tokens + '
         f'max_new_tokens = {longest}'
       )
-    for name in ('max_rollouts', 'rows_multiple'):
-      if getattr(self, name) < 1:
-        raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
 
 
 def make_logp(

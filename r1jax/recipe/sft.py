@@ -48,6 +48,9 @@ class SftConfig:
   mesh: mesh_lib.MeshConfig
 
   def __post_init__(self):
+    config_lib.check_at_least(self, 0, 'seed')
+    config_lib.check_at_least(self, 1, 'batch_size')
+    config_lib.check_at_least(self, 2, 'row_length')
     if bool(self.init_from) == (self.model is not None):
       raise ValueError(
         f'init_from={self.init_from!r} with model='

@@ -59,9 +59,10 @@ class TrainConfig:
   reference_every: int
 
   def __post_init__(self):
-    for name in ('num_steps', 'num_microbatches', 'max_to_keep'):
-      if getattr(self, name) < 1:
-        raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
+    check = functools.partial(config_lib.check_at_least, self)
+    check(1, 'num_steps', 'num_microbatches', 'max_to_keep')
+    check(0, 'bias_update_speed', 'balance_coef')
+    check(0, 'checkpoint_every', 'eval_every', 'reference_every')
 
 
 @dataclasses.dataclass

@@ -5,6 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from r1jax import config as config_lib
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
@@ -21,10 +23,7 @@ class SamplingConfig:
   top_p: float = 1.0
 
   def __post_init__(self):
-    if self.temperature < 0:
-      raise ValueError(f'temperature={self.temperature} must not be negative')
-    if self.top_k < 0:
-      raise ValueError(f'top_k={self.top_k} must not be negative')
+    config_lib.check_at_least(self, 0, 'temperature', 'top_k')
     if not 0 < self.top_p <= 1:
       raise ValueError(f'top_p={self.top_p} must lie in (0, 1]')
 

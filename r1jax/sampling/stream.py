@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from r1jax import config as config_lib
 from r1jax.model import cache as cache_lib
 from r1jax.model import config as model_config
 from r1jax.model import transformer
@@ -32,10 +33,7 @@ class StreamConfig:
   sampling: filters.SamplingConfig
 
   def __post_init__(self):
-    if self.max_new_tokens < 0:
-      raise ValueError(
-        f'max_new_tokens={self.max_new_tokens} must not be negative'
-      )
+    config_lib.check_at_least(self, 0, 'seed', 'max_new_tokens')
 
 
 class Stream:

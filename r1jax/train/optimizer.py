@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from r1jax import config as config_lib
 from r1jax.train import muon
 
 # DeepSeek-V3's pre-training in trillions of tokens.
@@ -52,8 +53,8 @@ class OptimConfig:
   trainable: str = ''
 
   def __post_init__(self):
-    _check(self, 'peak_lr', self.peak_lr > 0, 'must be positive')
-    _check(self, 'warmup_steps', self.warmup_steps >= 0, 'must be at least 0')
+    config_lib.check_positive(self, 'peak_lr', 'eps', 'clip_norm')
+    config_lib.check_at_least(self, 0, 'warmup_steps', 'weight_decay')
     known = ('constant', 'cosine', 'v3')
     kinds = ('adamw', 'muon')
     _check(self, 'kind', self.kind in kinds, f'must be one of {kinds}')
@@ -62,9 +63,6 @@ class OptimConfig:
     _check(self, 'final_lr_ratio', 0 <= ratio <= 1, 'must lie in [0, 1]')
     _check(self, 'b1', 0 <= self.b1 < 1, 'must lie in [0, 1)')
     _check(self, 'b2', 0 <= self.b2 < 1, 'must lie in [0, 1)')
-    _check(self, 'eps', self.eps > 0, 'must be positive')
-    _check(self, 'weight_decay', self.weight_decay >= 0, 'must be at least 0')
-    _check(self, 'clip_norm', self.clip_norm > 0, 'must be positive')
 
 
 def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
