@@ -142,5 +142,10 @@ class Tokenizer:
 @functools.cache
 def default() -> Tokenizer:
   """Returns the arithmetic tokenizer that ships with the package."""
+  return Tokenizer(default_model())
+
+
+def default_model() -> bytes:
+  """Returns the sentencepiece model file of `default`."""
   asset = resources.files('r1jax.data') / 'assets' / 'arithmetic.model'
-  return Tokenizer(asset.read_bytes())
+  return asset.read_bytes()

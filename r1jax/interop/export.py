@@ -40,7 +40,8 @@ def save(
     config: Of the model.
     variables: Its variables; `fp8.Quantized` leaves are written as they are.
     dtype: 'float32', 'bfloat16' or 'fp8' (matrices inside the blocks, the
-      rest bfloat16). Router biases are float32 always.
+      rest bfloat16; where some leaves are FP8 already, those alone). Router
+      biases are float32 always.
     shard_bytes: Most bytes of a file, but a tensor is never cut.
     extra: More keys for config.json.
     finish: Puts more files into the folder before it gets its name.
@@ -49,7 +50,7 @@ def save(
     UserError: The folder holds something, or no family has this shape.
   """
   folder_lib.refuse_used(folder)
-  values = hf_config.write(config) | dict(extra or {})
+  values = hf_config.write(config)
   mapping = mapping_lib.make_mapping(config)
   exporter = _Exporter(mapping, variables, dtype)
   if exporter.blocks is not None:
@@ -59,6 +60,7 @@ def save(
       'activation_scheme': 'dynamic',
       'weight_block_size': list(exporter.blocks),
     }
+  values |= extra or {}
   values['torch_dtype'] = 'float32' if dtype == 'float32' else 'bfloat16'
   if jax.process_index():
     for _ in exporter.tensors():
@@ -83,16 +85,16 @@ class _Exporter:
     for leaf in mapping.leaves:
       for index, source in leaf.sources.items():
         self._parts[source.name].append((leaf, index, source))
-    self._copies = mapping.copies
+    self._copies, self._empty = mapping.copies, mapping.empty
     self._names = [*self._parts, *mapping.copies]
+    leaves = jax.tree.leaves(variables, is_leaf=fp8.is_quantized)
+    self._kept = [leaf for leaf in leaves if fp8.is_quantized(leaf)]
 
   @property
   def blocks(self) -> fp8.Blocks | None:
     """Of the FP8 tensors, None if there are none."""
-    leaves = jax.tree.leaves(self._variables, is_leaf=fp8.is_quantized)
-    kept = {leaf.blocks for leaf in leaves if fp8.is_quantized(leaf)}
-    if kept:
-      return kept.pop()
+    if self._kept:
+      return self._kept[0].blocks
     return fp8.DEFAULT_BLOCKS if self._dtype == 'fp8' else None
 
   def plan(self) -> Iterator[safetensors.Planned]:
@@ -101,17 +103,20 @@ class _Exporter:
       dtype = self._dtype_of(name)
       yield safetensors.Planned(name, dtype, source.shape)
       if dtype == fp8.E4M3:
+        kept = self._kept_of(name)
+        scale_dtype = np.dtype(np.float32) if kept is None else kept.scale.dtype
         shape = fp8.scale_shape(source.shape, self.blocks)
-        yield safetensors.Planned(name + fp8.SCALE, np.dtype(np.float32), shape)
+        yield safetensors.Planned(name + fp8.SCALE, scale_dtype, shape)
+    for name, shape in self._empty.items():
+      yield safetensors.Planned(name, self._plain_dtype, shape)
 
   def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
     for name in self._names:
       parts = self._parts[self._origin(name)]
-      leaf, index, source = parts[0]
-      kept = mapping_lib.at(self._variables, leaf.path)
-      if fp8.is_quantized(kept):
+      kept = self._kept_of(name)
+      if kept is not None:
         yield name, self._assemble(parts, lambda x: x.q)
-        yield name + fp8.SCALE, _fetch(kept.scale, index)
+        yield name + fp8.SCALE, _fetch(kept.scale, parts[0][1])
       elif self._dtype_of(name) == fp8.E4M3:
         whole = self._assemble(parts, lambda x: x)
         q, scale = fp8.quantize(whole, self.blocks)
@@ -120,23 +125,37 @@ class _Exporter:
       else:
         whole = self._assemble(parts, lambda x: x)
         yield name, whole.astype(self._dtype_of(name))
+    for name, shape in self._empty.items():
+      yield name, np.empty(shape, self._plain_dtype)
 
   def _origin(self, name):
     return self._copies.get(name, name)
+
+  def _kept_of(self, name) -> fp8.Quantized | None:
+    """The leaf that a tensor is of, if it is FP8 already."""
+    leaf = self._parts[self._origin(name)][0][0]
+    found = mapping_lib.at(self._variables, leaf.path)
+    return found if fp8.is_quantized(found) else None
+
+  @property
+  def _plain_dtype(self) -> np.dtype:
+    """Of what is neither FP8 nor a router bias."""
+    wide = self._dtype == 'float32'
+    return huggingface.PARAM_DTYPES['float32' if wide else 'bfloat16']
 
   def _dtype_of(self, name) -> np.dtype:
     leaf, _, source = self._parts[self._origin(name)][0]
     if leaf.path[0] == 'router':
       return np.dtype(np.float32)
-    if fp8.is_quantized(mapping_lib.at(self._variables, leaf.path)):
+    if self._kept_of(name) is not None:
       return fp8.E4M3
     is_matrix = source.num_rows < len(source.view)
     stem = name.removesuffix('.weight')
-    if self._dtype == 'fp8' and is_matrix and not stem.endswith(_NOT_FP8):
+    is_quantised_now = self._dtype == 'fp8' and not self._kept
+    if is_quantised_now and is_matrix and not stem.endswith(_NOT_FP8):
       if name not in self._copies:
         return fp8.E4M3
-    wide = self._dtype == 'float32'
-    return huggingface.PARAM_DTYPES['float32' if wide else 'bfloat16']
+    return self._plain_dtype
 
   def _assemble(self, parts, pick) -> np.ndarray:
     """The tensor of all slices that are windows of it."""

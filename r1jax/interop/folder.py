@@ -10,7 +10,16 @@ from r1jax import config as config_lib
 
 
 def refuse_used(folder: str | os.PathLike[str]) -> None:
-  """Raises UserError if something is there that is no empty folder."""
+  """Refuses what no new folder can be made of.
+
+  Raises:
+    UserError: Something is there that is no empty folder, or the path is not
+      of this machine's file system.
+  """
+  if '://' in os.fspath(folder):
+    raise config_lib.UserError(
+      f'{folder} must be a folder of this machine; copy it there afterwards'
+    )
   path = pathlib.Path(folder)
   if path.exists() and (not path.is_dir() or any(path.iterdir())):
     raise config_lib.UserError(f'{folder} exists and is not empty')

@@ -30,8 +30,9 @@ class Quantized:
 
   Attributes:
     q: float8_e4m3fn in the layout of the leaf.
-    scale: float32 [*stack, blocks of out, blocks of in] of the checkpoint's
-      tensors; parts of one tensor (k_up and v_up) have the same.
+    scale: [*stack, blocks of out, blocks of in] of the checkpoint's tensors,
+      float32 or powers of two (float8_e8m0fnu) as they are there; parts of
+      one tensor (k_up and v_up) have the same.
     blocks: Rows and columns of a block.
   """
 

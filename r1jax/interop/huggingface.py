@@ -125,6 +125,8 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
   path = folder / 'config.json'
   try:
     values = json.loads(path.read_text())
+  except NotADirectoryError as e:
+    raise config_lib.UserError(f'{folder} is no folder') from e
   except FileNotFoundError as e:
     raise config_lib.UserError(f'{path} does not exist') from e
   except ValueError as e:
@@ -159,11 +161,19 @@ def check(
     s.name: s.shape for leaf in mapping.leaves for s in leaf.sources.values()
   }
   shapes |= {copy: shapes[name] for copy, name in mapping.copies.items()}
+  spare = {copy: shapes[name] for copy, name in mapping.spare_copies.items()}
+  spare |= mapping.empty
+  shapes |= {name: shape for name, shape in spare.items() if name in entries}
   expected = dict(shapes)
-  for name, shape in shapes.items():
+  for name in shapes:
     entry = entries.get(name)
     if entry is not None and entry.dtype == fp8.E4M3:
-      expected[name + fp8.SCALE] = fp8.scale_shape(shape, blocks)
+      if len(entry.shape) != 2:
+        raise config_lib.UserError(
+          f'tensor {name} of {entry.file} is F8_E4M3 {list(entry.shape)}, FP8 '
+          'in blocks must be a matrix'
+        )
+      expected[name + fp8.SCALE] = fp8.scale_shape(entry.shape, blocks)
   for name, shape in expected.items():
     if name not in entries:
       raise config_lib.UserError(f'{folder} lacks the tensor {name}')
@@ -191,8 +201,10 @@ class _Loader:
 
   def load(self, leaf, target) -> Any:
     """The leaf as a jax.Array, or as fp8.Quantized."""
-    dtypes = {self._reader.entries[s.name].dtype for s in leaf.sources.values()}
-    if self._keep_fp8 and dtypes == {fp8.E4M3}:
+    names = [source.name for source in leaf.sources.values()]
+    if self._keep_fp8 and any(self._is_fp8(name) for name in names):
+      self._refuse_mixed(names)
+      self._refuse_mixed([name + fp8.SCALE for name in names])
       return self._load_quantized(leaf, target)
     dtype = np.dtype(np.float32) if leaf.path[0] == 'router' else self._dtype
     return _fill(
@@ -201,6 +213,20 @@ class _Loader:
       target,
       lambda index, out: self._read_box(leaf, index, out),
     )
+
+  def _is_fp8(self, name):
+    return self._reader.entries[name].dtype == fp8.E4M3
+
+  def _refuse_mixed(self, names):
+    """Tensors that are stacked must be alike to be kept as they are."""
+    first, *others = names
+    dtype = self._reader.entries[first].dtype
+    for name in others:
+      if self._reader.entries[name].dtype != dtype:
+        raise config_lib.UserError(
+          f'{first} is {dtype}, {name} is {self._reader.entries[name].dtype}: '
+          'FP8 is kept only where all of a stack is alike'
+        )
 
   def _load_quantized(self, leaf, target):
     q = _fill(
@@ -219,7 +245,8 @@ class _Loader:
         out[place] = scale[index[-2:]]
 
     everywhere = sharding.replicated_like(target)
-    scale = _fill(shape, np.dtype(np.float32), everywhere, read_scales)
+    dtype = self._reader.entries[one.name + fp8.SCALE].dtype
+    scale = _fill(shape, dtype, everywhere, read_scales)
     return fp8.Quantized(q, scale, self._blocks)
 
   def _read_box(self, leaf, index, out) -> None:
@@ -313,17 +340,21 @@ def _shardings(
 
 
 def _check_copies(mapping, reader) -> None:
-  """MTP's embedding and head are those of the model, number for number."""
-  for copy, name in mapping.copies.items():
+  """Copies are equal, number for number; each process checks its share."""
+  copies = mapping.copies | mapping.spare_copies
+  for copy, name in copies.items():
+    if copy not in reader.entries:
+      continue
     rows, columns = reader.entries[name].shape
     step = max(_CHUNK // columns, 1)
-    for start in range(0, rows, step):
+    mine = range(jax.process_index() * step, rows, jax.process_count() * step)
+    for start in mine:
       window = (slice(start, min(start + step, rows)), slice(0, columns))
       if not np.array_equal(
         reader.read(copy, window=window), reader.read(name, window=window)
       ):
         raise config_lib.UserError(
-          f"{copy} is not equal to {name}: MTP shares the model's own here"
+          f'{copy} is not equal to {name}, which is shared here'
         )
 
 
@@ -344,13 +375,22 @@ def _blocks(values: Mapping[str, Any]) -> fp8.Blocks:
   found = values.get('quantization_config')
   if found is None:
     return fp8.DEFAULT_BLOCKS
+  if not isinstance(found, dict):
+    raise config_lib.UserError(
+      f'quantization_config={found!r} must be an object'
+    )
   if found.get('quant_method') != 'fp8' or found.get('fmt', 'e4m3') != 'e4m3':
     raise config_lib.UserError(
       f'quantization_config with quant_method={found.get("quant_method")!r}, '
       f'fmt={found.get("fmt")!r} is not supported, only block FP8 (e4m3) is'
     )
-  rows, columns = found.get('weight_block_size') or fp8.DEFAULT_BLOCKS
-  return rows, columns
+  blocks = found.get('weight_block_size') or fp8.DEFAULT_BLOCKS
+  match blocks:
+    case [int(rows), int(columns)] if rows > 0 and columns > 0:
+      return rows, columns
+  raise config_lib.UserError(
+    f'weight_block_size={blocks!r} of quantization_config must be two sizes'
+  )
 
 
 def _put(tree: dict[str, Any], path: mapping_lib.Path, value: Any) -> None:

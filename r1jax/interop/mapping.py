@@ -78,10 +78,16 @@ class Mapping:
   Attributes:
     leaves: Each leaf of {'params', 'router'} once.
     copies: Tensors that must be equal to another one: name to name.
+    spare_copies: The same for tensors that may be left out: the head of tied
+      embeddings, which some released files have.
+    empty: Tensors without numbers, by name: those of no shared experts, which
+      transformers has all the same. They may be left out.
   """
 
   leaves: tuple[Leaf, ...]
   copies: dict[str, str]
+  spare_copies: dict[str, str]
+  empty: dict[str, tuple[int, ...]]
 
   def names(self) -> set[str]:
     """Every tensor of the checkpoint, scales of FP8 weights aside."""
@@ -116,7 +122,25 @@ def make_mapping(config: model_config.ModelConfig) -> Mapping:
     more, its_copies = _mtp(config, k)
     leaves += more
     copies |= its_copies
-  return Mapping(tuple(leaves), copies)
+  spare_copies = {}
+  if config.tie_embeddings:
+    spare_copies = {'lm_head.weight': 'model.embed_tokens.weight'}
+  return Mapping(tuple(leaves), copies, spare_copies, _empty(config))
+
+
+def _empty(config: model_config.ModelConfig) -> dict[str, tuple[int, ...]]:
+  is_deepseek = isinstance(config.attention, model_config.MlaConfig)
+  if config.moe is None or config.moe.num_shared or not is_deepseek:
+    return {}
+  D = config.embed_dim
+  shapes = {'gate': (0, D), 'up': (0, D), 'down': (D, 0)}
+  return {
+    f'model.layers.{layer}.mlp.shared_experts.{name}_proj.weight': shape
+    for layer in range(
+      config.num_dense_layers, config.num_layers + config.mtp_depth
+    )
+    for name, shape in shapes.items()
+  }
 
 
 def _mtp(

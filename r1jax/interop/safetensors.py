@@ -8,6 +8,7 @@ of at once, so that a checkpoint of any size costs no memory.
 Source: the format's own description, huggingface/safetensors.
 """
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -35,6 +36,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = 'model.safetensors.index.json'
 _SINGLE = 'model.safetensors'
 _LARGEST_HEADER = 100 << 20  # Bytes, the format's own limit.
+_FIELDS = ('dtype', 'shape', 'data_offsets')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,30 +182,18 @@ def _read_header(file: pathlib.Path) -> Iterator[tuple[str, Entry]]:
         f'{file} is cut short or no safetensors file: {size} bytes with a '
         f'header of {length}'
       )
-    try:
-      header = json.loads(f.read(length))
-    except ValueError as e:
+    header = _parse_header(file, f.read(length))
+  for name, (dtype, shape, start, end) in header.items():
+    if dtype not in DTYPES:
       raise config_lib.UserError(
-        f'{file} is no safetensors file: its header is no JSON'
-      ) from e
-  header.pop('__metadata__', None)
-  for name, fields in header.items():
-    if fields['dtype'] not in DTYPES:
-      raise config_lib.UserError(
-        f'tensor {name} of {file} has dtype {fields["dtype"]}, known are '
+        f'tensor {name} of {file} has dtype {dtype}, known are '
         f'{", ".join(DTYPES)}'
       )
-    start, end = fields['data_offsets']
-    entry = Entry(
-      file=file,
-      dtype=DTYPES[fields['dtype']],
-      shape=tuple(fields['shape']),
-      start=8 + length + start,
-    )
-    if end - start != entry.num_bytes:
+    entry = Entry(file, DTYPES[dtype], shape, 8 + length + start)
+    if end - start != entry.num_bytes or start < 0:
       raise config_lib.UserError(
         f'tensor {name} of {file}: {end - start} bytes are no '
-        f'{fields["dtype"]} {list(entry.shape)}'
+        f'{dtype} {list(shape)}'
       )
     if entry.start + entry.num_bytes > size:
       raise config_lib.UserError(
@@ -211,6 +201,38 @@ def _read_header(file: pathlib.Path) -> Iterator[tuple[str, Entry]]:
         f'{entry.start + entry.num_bytes}'
       )
     yield name, entry
+
+
+def _parse_header(
+  file: pathlib.Path, raw: bytes
+) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+  """Dtype, shape, start and end of each tensor."""
+
+  def once(pairs):
+    names = collections.Counter(name for name, _ in pairs)
+    for name, count in names.items():
+      if count > 1:
+        raise config_lib.UserError(f'the header of {file} has {name} twice')
+    return dict(pairs)
+
+  try:
+    header = json.loads(raw, object_pairs_hook=once)
+    header.pop('__metadata__', None)
+    parsed = {}
+    for name, fields in header.items():
+      dtype, shape, (start, end) = (fields[field] for field in _FIELDS)
+      sizes = (*shape, start, end)
+      if not all(type(size) is int for size in sizes):
+        raise ValueError(f'sizes {sizes} of {name} are no integers')
+      parsed[name] = dtype, tuple(shape), start, end
+  except config_lib.UserError:
+    raise
+  except (AttributeError, KeyError, TypeError, ValueError) as e:
+    raise config_lib.UserError(
+      f'{file} is no safetensors file: its header is no JSON object of '
+      f'dtypes, shapes and offsets ({e})'
+    ) from e
+  return parsed
 
 
 @dataclasses.dataclass(frozen=True)

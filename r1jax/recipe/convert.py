@@ -1,16 +1,21 @@
 """From Hugging Face folders to workdirs and back, and the check after it."""
 
 import dataclasses
+import json
 import os
 import pathlib
 import shutil
+import zipfile
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from r1jax import config as config_lib
+from r1jax.data import hf_tokenizer
+from r1jax.data import tokenizer as tokenizer_lib
 from r1jax.interop import export, huggingface
 from r1jax.interop import folder as folder_lib
 from r1jax.model import transformer
@@ -32,6 +37,7 @@ _TOKENIZER_FILES = (
   'chat_template.jinja',
 )
 _SENTENCEPIECE = 'tokenizer.model'
+_TOKEN_IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
 
 
 def to_workdir(
@@ -48,7 +54,6 @@ def to_workdir(
     UserError: The folder is wrong, or the workdir holds something.
   """
   model = huggingface.load_config(folder, say=say)
-  model = origin.for_mesh(model, folder, mesh)
   folder_lib.refuse_used(workdir)
   variables = huggingface.load_variables(
     folder, model, mesh=mesh, param_dtype=param_dtype
@@ -62,11 +67,12 @@ def to_workdir(
       checkpoints.save(0, state, {})
     if is_owner:
       _copy_tokenizer(pathlib.Path(folder), unfinished / 'tokenizer')
-    final = pathlib.Path(os.path.abspath(workdir)) / 'tokenizer'
+    values = huggingface.read_config(pathlib.Path(folder))
     resolved = {
       'model': config_lib.to_dict(model),
-      'tokenizer': os.fspath(final),
+      'tokenizer': 'tokenizer',  # In the workdir, wherever that is moved.
       'from_hf': os.path.abspath(folder),
+      'token_ids': {key: values[key] for key in _TOKEN_IDS if key in values},
     }
     workdir_lib.prepare(unfinished, resolved)
 
@@ -85,23 +91,37 @@ def to_huggingface(
   FP8 weights of a folder stay as they are if `dtype` is 'fp8'.
 
   Raises:
-    UserError: No model there, or none that other tools know.
+    UserError: No model there, none that other tools know, or its tokenizer is
+      gone.
   """
+  folder_lib.refuse_used(folder)
   model = origin.load_model_config(source)
   tokenizer = origin.load_tokenizer_path(source)
+  if tokenizer and not os.path.exists(tokenizer):
+    raise config_lib.UserError(
+      f'the tokenizer of {source}, {tokenizer}, does not exist'
+    )
+  extra = _token_ids(source, tokenizer)
   if huggingface.is_checkpoint(source) and dtype == 'fp8':
+    # Layer by layer: what is FP8 in one may not be in another.
+    model = dataclasses.replace(model, scan_layers=False)
     variables = huggingface.load_variables(
       source, model, mesh=mesh, keep_fp8=True
     )
+    values = huggingface.read_config(pathlib.Path(source))
+    quantised = values.get('quantization_config')
+    extra |= {'quantization_config': quantised} if quantised else {}
   else:
     variables, _ = origin.load_variables(source, model, mesh, say=say)
 
   def finish(unfinished: pathlib.Path) -> None:
-    path = pathlib.Path(tokenizer)
-    if path.is_dir():
-      _copy_tokenizer(path, unfinished)
+    if os.path.isdir(tokenizer):
+      _copy_tokenizer(pathlib.Path(tokenizer), unfinished)
     elif tokenizer:
-      shutil.copyfile(path, unfinished / _SENTENCEPIECE)
+      shutil.copyfile(tokenizer, unfinished / _SENTENCEPIECE)
+    else:
+      model_file = tokenizer_lib.default_model()
+      (unfinished / _SENTENCEPIECE).write_bytes(model_file)
 
   export.save(
     folder,
@@ -109,8 +129,22 @@ def to_huggingface(
     variables,
     dtype=dtype,
     shard_bytes=int(shard_gib * 2**30),
+    extra=extra,
     finish=finish,
   )
+
+
+def _token_ids(source: str, tokenizer: str) -> dict[str, Any]:
+  """Where documents begin and end, as config.json says it."""
+  if huggingface.is_checkpoint(source):
+    values = huggingface.read_config(pathlib.Path(source))
+    return {key: values[key] for key in _TOKEN_IDS if key in values}
+  kept = origin.read_config(source).get('token_ids')
+  if kept is not None:
+    return kept
+  found = hf_tokenizer.load_tokenizer(tokenizer)
+  ids = found.bos_id, found.eos_id, found.pad_id
+  return dict(zip(_TOKEN_IDS, ids, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +152,7 @@ class LogitsCheck:
   """How far logits are from a reference's.
 
   Attributes:
-    largest: Largest absolute difference.
+    largest: Largest absolute difference; nan if there is one.
     mean_kl: KL(reference ‖ ours), mean over all tokens, nats.
     num_tokens: How many tokens were compared.
   """
@@ -169,7 +203,7 @@ def check_logits(
   for tokens_T, expected_TV in zip(tokens_BT, expected_BTV, strict=True):
     row_TV = logits(variables, tokens_T[None])[0]
     row_largest, row_kl = compare(row_TV, expected_TV.astype(np.float32))
-    largest = max(largest, float(row_largest))
+    largest = float(np.maximum(largest, row_largest))  # nan stays.
     kl += float(row_kl)
   return LogitsCheck(largest, kl / tokens_BT.size, tokens_BT.size)
 
@@ -182,8 +216,17 @@ def _read_reference(
       tokens_BT, logits_BTV = file['input_ids'], file['logits']
   except KeyError as e:
     raise config_lib.UserError(f'{path} lacks an array: {e.args[0]}') from e
-  except (OSError, ValueError) as e:
+  except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
     raise config_lib.UserError(f'{path} is no npz file: {e}') from e
+  if (
+    tokens_BT.ndim != 2
+    or not tokens_BT.size
+    or tokens_BT.dtype.kind not in 'iu'
+  ):
+    raise config_lib.UserError(
+      f'{path}: input_ids {list(tokens_BT.shape)} of {tokens_BT.dtype} must be '
+      'integers [B, T]'
+    )
   if logits_BTV.shape != (*tokens_BT.shape, vocab_size):
     raise config_lib.UserError(
       f'{path}: logits {list(logits_BTV.shape)} must be input_ids '
@@ -202,3 +245,12 @@ def _copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
   for name in _TOKENIZER_FILES:
     if (source / name).exists():
       shutil.copyfile(source / name, target / name)
+  # Where generation stops may stand beside the model's sizes only.
+  generation = target / 'generation_config.json'
+  if not generation.exists() and (source / 'config.json').exists():
+    values = huggingface.read_config(source)
+    ids = {
+      key: values[key] for key in _TOKEN_IDS if values.get(key) is not None
+    }
+    if ids:
+      generation.write_text(json.dumps(ids, indent=2) + '\n')

@@ -5,6 +5,7 @@ Every program that starts from a model takes either.
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from r1jax.model import config as model_config
 from r1jax.model import transformer
 from r1jax.parallel import sharding
 from r1jax.train import checkpoint
+from r1jax.train import workdir as workdir_lib
 
 
 def load_model_config(folder: str) -> model_config.ModelConfig:
@@ -29,7 +31,7 @@ def load_model_config(folder: str) -> model_config.ModelConfig:
   """
   if huggingface.is_checkpoint(folder):
     return huggingface.load_config(folder)
-  model = _read_config(folder)['model']
+  model = read_config(folder)['model']
   return config_lib.from_dict(model_config.ModelConfig, model, 'model')
 
 
@@ -39,9 +41,10 @@ def for_mesh(
   """A foreign model computes as suits the devices; ours as it was trained.
 
   config.json says nothing of it: bfloat16 and grouped matmuls on
-  accelerators, float32 on a CPU.
+  accelerators, float32 on a CPU. So with a workdir that was made of it.
   """
-  if not huggingface.is_checkpoint(folder):
+  is_foreign = huggingface.is_checkpoint(folder)
+  if not is_foreign and 'from_hf' not in read_config(folder):
     return model
   if mesh.devices.flat[0].platform == 'cpu':
     return model
@@ -59,7 +62,11 @@ def load_tokenizer_path(folder: str) -> str:
   """
   if huggingface.is_checkpoint(folder):
     return folder
-  return _read_config(folder).get('tokenizer', '')
+  config = read_config(folder)
+  path = config.get('tokenizer', '')
+  if 'from_hf' in config:  # Kept in the workdir, wherever that is.
+    return os.fspath(workdir_lib.absolute(folder) / path)
+  return path
 
 
 def find_template(
@@ -78,7 +85,7 @@ def find_template(
       template's tokens.
   """
   if not huggingface.is_checkpoint(folder):
-    config = _read_config(folder)
+    config = read_config(folder)
     data = config.get('data', {})
     for template in (config.get('template'), data.get('template')):
       if template in chat_templates.TEMPLATES:
@@ -128,7 +135,12 @@ def abstract_variables(
   )
 
 
-def _read_config(workdir: str) -> dict[str, Any]:
+def read_config(workdir: str) -> dict[str, Any]:
+  """The config.json of a workdir with a model.
+
+  Raises:
+    UserError: There is none.
+  """
   path = epath.Path(workdir) / 'config.json'
   try:
     values = json.loads(path.read_text())

@@ -7,6 +7,7 @@ import math
 import pathlib
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -17,6 +18,7 @@ from r1jax.model import config as model_config
 from r1jax.model import transformer
 from r1jax.parallel import mesh as mesh_lib
 from r1jax.parallel import sharding
+from r1jax.recipe import convert
 from tests import known_answers
 from tests.model import tiny
 from tests.model.families_test import MODELS
@@ -166,6 +168,126 @@ def test_fp8_is_dequantised_block_by_block(tmp_path, small_blocks):
   np.testing.assert_array_equal(
     dense['params']['moe']['moe']['down'][0, 5], expert
   )
+
+
+def _fp8_folder(path, change=lambda tensors: None):
+  """A tiny checkpoint in FP8 whose tensors are changed."""
+  config = tiny.config()
+  export.save(path, config, tiny.variables(config), dtype='fp8')
+  _change_tensors(change)(path)
+  return path
+
+
+def _there_and_back(folder, tmp_path):
+  """All tensors of a folder, and of what is written of it as it is."""
+  _convert(folder, tmp_path / 'back')
+  return _read_all(folder), _read_all(tmp_path / 'back')
+
+
+def _convert(source, target):
+  convert.to_huggingface(
+    str(source),
+    str(target),
+    mesh=mesh_lib.make_mesh(mesh_lib.MeshConfig(), jax.devices()[:1]),
+    dtype='fp8',
+    shard_gib=1.0,
+    say=print,
+  )
+
+
+def _assert_bytes(first, second):
+  assert first.keys() == second.keys()
+  for name, numbers in first.items():
+    assert numbers.dtype == second[name].dtype, name
+    assert numbers.tobytes() == second[name].tobytes(), name
+
+
+def test_scales_that_are_powers_of_two_stay_so(tmp_path, small_blocks):
+  e8m0 = safetensors.DTYPES['F8_E8M0']
+
+  def change(tensors):
+    for name in [n for n in tensors if n.endswith(fp8.SCALE)]:
+      scale = tensors[name]
+      tensors[name] = np.exp2(np.round(np.log2(scale))).astype(e8m0)
+
+  folder = _fp8_folder(tmp_path / 'a', change)
+  quantised = json.loads((folder / 'config.json').read_text())
+  quantised = quantised['quantization_config'] | {'scale_fmt': 'ue8m0'}
+  _change_config(quantization_config=quantised)(folder)
+  first, second = _there_and_back(folder, tmp_path)
+  _assert_bytes(first, second)
+  values = json.loads((tmp_path / 'back' / 'config.json').read_text())
+  assert values['quantization_config'] == quantised
+  # Dequantised they are numbers like others.
+  _, dense = huggingface.load(folder)
+  at = 'model.layers.1.mlp.experts.5.down_proj.weight'
+  scale = first[at + fp8.SCALE].astype(np.float32)
+  wide = np.repeat(np.repeat(scale, 6, 0), 8, 1)
+  by_hand = (
+    first[at].astype(np.float32)
+    * wide[: first[at].shape[0]][:, : first[at].shape[1]]
+  )
+  np.testing.assert_array_equal(
+    dense['params']['moe']['moe']['down'][0, 5], by_hand.T
+  )
+
+
+def test_what_is_not_fp8_in_one_layer_stays_so(tmp_path, small_blocks):
+  def change(tensors):
+    for name in (
+      'model.layers.2.self_attn.kv_b_proj.weight',
+      'model.layers.1.self_attn.o_proj.weight',
+    ):
+      del tensors[name + fp8.SCALE]
+      tensors[name] = tensors[name].astype(ml_dtypes.bfloat16)
+
+  first, second = _there_and_back(_fp8_folder(tmp_path / 'a', change), tmp_path)
+  _assert_bytes(first, second)
+
+
+def test_experts_of_two_kinds_are_not_kept(tmp_path, small_blocks):
+  name = 'model.layers.1.mlp.experts.3.up_proj.weight'
+
+  def change(tensors):
+    del tensors[name + fp8.SCALE]
+    tensors[name] = tensors[name].astype(ml_dtypes.bfloat16)
+
+  folder = _fp8_folder(tmp_path / 'a', change)
+  with pytest.raises(config_lib.UserError, match=f'{name} is bfloat16: FP8 is'):
+    _convert(folder, tmp_path / 'b')
+  huggingface.load(folder)  # Dequantised, they are all alike.
+
+
+# ---- What may be left out -------------------------------------------------
+
+
+def test_a_tied_head_may_stand_in_the_files(tmp_path):
+  config = tiny.config(tie_embeddings=True)
+  variables = tiny.variables(config)
+  export.save(tmp_path / 'a', config, variables, dtype='float32')
+  assert 'lm_head.weight' not in _read_all(tmp_path / 'a')
+  embedding = np.asarray(variables['params']['embedding'])
+  _set('lm_head.weight', embedding)(tmp_path / 'a')
+  _assert_same(huggingface.load(tmp_path / 'a')[1], variables)
+  _set('lm_head.weight', embedding + 1)(tmp_path / 'a')
+  with pytest.raises(config_lib.UserError, match='lm_head.weight is not equal'):
+    huggingface.load(tmp_path / 'a')
+
+
+def test_no_shared_experts_are_written_as_tensors_without_numbers(tmp_path):
+  config = tiny.config()
+  config = dataclasses.replace(
+    config, moe=dataclasses.replace(config.moe, num_shared=0)
+  )
+  variables = tiny.variables(config)
+  export.save(tmp_path / 'a', config, variables, dtype='float32')
+  name = 'model.layers.1.mlp.shared_experts.gate_proj.weight'
+  assert _read_all(tmp_path / 'a')[name].shape == (0, config.embed_dim)
+  again, loaded = huggingface.load(tmp_path / 'a')
+  assert again.moe.num_shared == 0
+  _assert_same(loaded, variables)
+  _drop(name)(tmp_path / 'a')
+  _assert_same(huggingface.load(tmp_path / 'a')[1], variables)
 
 
 # ---- Shards ---------------------------------------------------------------
@@ -354,6 +476,20 @@ _COPY = 'model.layers.3.shared_head.head.weight'
     (
       _set(_COPY, np.zeros((64, 32), np.float32)),
       f'{_COPY} is not equal to lm_head.weight',
+    ),
+    (
+      _set('model.norm.weight', np.zeros(32, fp8.E4M3)),
+      r'model.norm.weight of .* is F8_E4M3 \[32\], FP8 in blocks must be a mat',
+    ),
+    (
+      _change_config(quantization_config=[1]),
+      r'quantization_config=\[1\] must be an object',
+    ),
+    (
+      _change_config(
+        quantization_config={'quant_method': 'fp8', 'weight_block_size': [128]}
+      ),
+      r'weight_block_size=\[128\] of quantization_config must be two sizes',
     ),
     (lambda folder: (folder / 'config.json').unlink(), 'config.json does not'),
     (

@@ -91,6 +91,38 @@ def _dtype(folder):
   _header(folder / 'model.safetensors', change)
 
 
+def _listed(folder):
+  head = json.dumps(['a']).encode()
+  raw = struct.pack('<Q', len(head)) + head
+  (folder / 'model.safetensors').write_bytes(raw)
+
+
+def _without(field):
+  def damage(folder):
+    change = lambda header: header['a'].pop(field)
+    _header(folder / 'model.safetensors', change)
+
+  return damage
+
+
+def _shape(folder):
+  change = lambda header: header['a'].update(shape=[2, '3'])
+  _header(folder / 'model.safetensors', change)
+
+
+def _before(folder):
+  change = lambda header: header['a'].update(data_offsets=[-24, 0])
+  _header(folder / 'model.safetensors', change)
+
+
+def _named_twice(folder):
+  path = folder / 'model.safetensors'
+  raw = path.read_bytes()
+  (length,) = struct.unpack('<Q', raw[:8])
+  header = raw[8 : 8 + length].replace(b'"b":', b'"a":')
+  path.write_bytes(raw[:8] + header + raw[8 + length :])
+
+
 def _offsets(folder):
   change = lambda header: header['a'].update(data_offsets=[0, 8])
   _header(folder / 'model.safetensors', change)
@@ -125,6 +157,12 @@ def _nothing(folder):
     (_no_header, 'its header is no JSON'),
     (_dtype, 'tensor a of .* has dtype I64, known are F32, '),
     (_offsets, r'tensor a of .*: 8 bytes are no F32 \[2, 3\]'),
+    (_before, r'tensor a of .*: 24 bytes are no F32 \[2, 3\]'),
+    (_listed, 'model.safetensors is no safetensors file: its header is no'),
+    (_without('dtype'), "no JSON object of dtypes, .*'dtype'"),
+    (_without('data_offsets'), "no JSON object of dtypes, .*'data_offsets'"),
+    (_shape, r'sizes \(2, .3., 0, 24\) of a are no integers'),
+    (_named_twice, 'the header of .*model.safetensors has a twice'),
     (_twice, 'tensor a is both in model.safetensors and in more.safetensors'),
     (_index({'a': 'gone.safetensors'}), 'names gone.safetensors, which does'),
     (_index({'d': 'model.safetensors'}), 'd is in model.safetensors, it is no'),
