@@ -27,8 +27,9 @@ def get_config(of: str = 'r1') -> ml_collections.ConfigDict:
         'question': 'question',
         'answer': 'answer',
         'system': '',
-        'held_out_fraction': 0.02,
+        'held_out_fraction': 0.02,  # 0 for no evaluation.
         'format': 'auto',
+        'turns': 'all',  # Of the assistant; 'last' for the last one alone.
       },
       'tokenizer': '',  # That of init_from.
       'row_length': 32768,  # tokens

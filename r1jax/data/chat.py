@@ -44,7 +44,7 @@ def render(
       hold the conversation.
   """
   chosen = chat_templates.find(template)
-  _check_messages(messages, template)
+  check_messages(messages, template=template)
   _check_switches(template, open_think, thinking)
   text = ''.join(text for text, _ in chosen.write(messages, False))
   if not add_generation_prompt:
@@ -64,10 +64,10 @@ def render_segments(
 
   A target is what the assistant produces: its content and the token that ends
   its turn, not the header before them. The last turn is whole, thinking
-  included. Earlier turns stand as `render` writes them, without their
-  thinking, since so the model sees them when it answers. For that reason they
-  are no targets unless asked: they would teach to answer without thinking. To
-  train on every turn, pass the conversation cut off after each.
+  included. Earlier turns stand as `render` writes them, since so the model sees
+  them when it answers, and are no targets unless asked: of a template that
+  `rewrites_earlier` they would teach to answer without thinking. To train on
+  every turn of such a one, pass the conversation cut off after each.
 
   The joined texts are `render` without a generation prompt, except that
   'deepseek' there drops the thinking of the last turn too.
@@ -86,7 +86,7 @@ def render_segments(
       the last message is not the assistant's.
   """
   chosen = chat_templates.find(template)
-  _check_messages(messages, template)
+  check_messages(messages, template=template)
   last = len(messages) - 1
   if messages[last].role != 'assistant':
     raise ValueError(
@@ -104,12 +104,17 @@ def render_segments(
   ]
 
 
-def _check_messages(messages: Sequence[Message], template: str) -> None:
+def check_messages(messages: Sequence[Message], *, template: str) -> None:
+  """Checks that a template can hold a conversation.
+
+  Raises:
+    ValueError: It cannot, or there is no such template.
+  """
   if not messages:
     raise ValueError('messages are empty, there must be at least one')
   roles = [message.role for message in messages]
   single = (['user'], ['user', 'assistant'])
-  if chat_templates.TEMPLATES[template].is_single and roles not in single:
+  if chat_templates.find(template).is_single and roles not in single:
     raise ValueError(
       f'template={template!r} holds one question, the roles '
       f'{", ".join(roles)} must be user, or user and assistant'

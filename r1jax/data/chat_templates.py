@@ -76,6 +76,7 @@ class Template:
     hallmarks: Further tokens, which tell its models' tokenizers from others.
     switches: Arguments of `render` that it heeds.
     is_single: It holds one question and its answer.
+    rewrites_earlier: Earlier answers stand there without their thinking.
   """
 
   write: Callable[[Sequence[Message], bool], _Pieces]
@@ -85,6 +86,7 @@ class Template:
   hallmarks: tuple[str, ...] = ()
   switches: tuple[str, ...] = ()
   is_single: bool = False
+  rewrites_earlier: bool = False
 
 
 _BOS = '<｜begin▁of▁sentence｜>'
@@ -291,6 +293,7 @@ TEMPLATES = {
     tokens=(_BOS, _EOS, _USER, _ASSISTANT),
     end_token=_EOS,
     switches=('open_think',),
+    rewrites_earlier=True,
   ),
   'deepseek_v3_1': Template(
     _write_deepseek_v3_1,
@@ -298,6 +301,7 @@ TEMPLATES = {
     tokens=(_BOS, _EOS, _USER, _ASSISTANT),
     end_token=_EOS,
     switches=('thinking',),
+    rewrites_earlier=True,
   ),
   'deepseek_v2': Template(
     _write_deepseek_v2,
@@ -312,6 +316,7 @@ TEMPLATES = {
     end_token=_IM_END,
     hallmarks=('<think>', '</think>'),
     switches=('thinking',),
+    rewrites_earlier=True,
   ),
   'qwen2_5': Template(
     _write_qwen2_5,

@@ -12,6 +12,9 @@ from r1jax import config as config_lib
 from r1jax.data import piece_bytes
 from r1jax.data import tokenizer as tokenizer_lib
 
+_SENTENCEPIECE = 'tokenizer.model'
+# What models add or drop spaces around, and a sign that they rewrite.
+_PROBE = ' a  \u00bd '
 _NAMED = ('bos_token', 'eos_token', 'pad_token', 'unk_token')
 
 
@@ -183,7 +186,8 @@ def load_tokenizer(
 
   Args:
     path: A Hugging Face folder, a sentencepiece model file, or '' for the
-      arithmetic tokenizer that ships.
+      arithmetic tokenizer that ships. A folder without tokenizer.json may hold
+      a sentencepiece model, tokenizer.model.
 
   Raises:
     UserError: There is no such path, or it holds no tokenizer.
@@ -191,12 +195,40 @@ def load_tokenizer(
   if not os.fspath(path):
     return tokenizer_lib.default()
   if os.path.isdir(path):
+    folder = pathlib.Path(path)
+    model = folder / _SENTENCEPIECE
+    if model.exists() and not (folder / 'tokenizer.json').exists():
+      return _load_sentencepiece(model, _read_eos_ids(folder))
     return HfTokenizer.load(path)
   if os.path.basename(path) == 'tokenizer.json':
     raise config_lib.UserError(
       f'tokenizer {os.fspath(path)!r}: name the folder that holds it'
     )
-  return tokenizer_lib.Tokenizer.load(path)
+  return _load_sentencepiece(path)
+
+
+def _load_sentencepiece(
+  path: str | os.PathLike[str], eos_ids: Sequence[int] = ()
+) -> tokenizer_lib.Tokenizer:
+  """Its own bos, eos and pad hold; eos_ids are further ids to stop at.
+
+  Raises:
+    UserError: The model lacks what ours must have.
+  """
+  tokenizer = tokenizer_lib.Tokenizer.load(path)
+  for name in ('bos', 'eos', 'pad'):
+    if getattr(tokenizer, f'{name}_id') < 0:
+      raise config_lib.UserError(
+        f'tokenizer {os.fspath(path)!r} has no {name} piece, it must have one'
+      )
+  found = tokenizer.decode(tokenizer.encode(_PROBE))
+  if found != _PROBE:
+    raise config_lib.UserError(
+      f'tokenizer {os.fspath(path)!r} makes {found!r} of {_PROBE!r}, it must '
+      'leave text as it is: no space in front, no normalization'
+    )
+  tokenizer.stop_ids = tuple(dict.fromkeys([tokenizer.eos_id, *eos_ids]))
+  return tokenizer
 
 
 # ---- Files ----------------------------------------------------------------

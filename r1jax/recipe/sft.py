@@ -28,8 +28,8 @@ class SftConfig:
     data: The conversations.
     tokenizer: Folder of a Hugging Face tokenizer, path of a sentencepiece
       model, or '' for that of `init_from`.
-    row_length: Tokens of a packed row, the longest conversation; samples of a
-      row do not see each other.
+    row_length: Tokens of a packed row, the longest example; examples of a row
+      do not see each other.
     batch_size: Rows of a global batch.
     optim: Optimizer.
     train: Loop.
@@ -86,9 +86,12 @@ def run(
     num_microbatches=config.train.num_microbatches,
   )
   config_check.check_length('row_length', config.row_length, model)
-  train_rows, held_out_rows = (
-    _make_rows(config, tokenizer, split) for split in ('train', 'held_out')
-  )
+  train_rows, evaluate = _make_rows(config, tokenizer, 'train'), None
+  if config.data.held_out_fraction > 0:
+    held_out_rows = _make_rows(config, tokenizer, 'held_out')
+    evaluate = pretrain.make_held_out(
+      model, held_out_rows, config.batch_size, mesh
+    )
   stage = stage_lib.Stage(
     workdir=epath.Path(workdir),
     model=model,
@@ -122,9 +125,7 @@ def run(
     resolved,
     loss_fn=loss_fn,
     make_source=make_source,
-    evaluate=pretrain.make_held_out(
-      model, held_out_rows, config.batch_size, mesh
-    ),
+    evaluate=evaluate,
   )
 
 
@@ -138,7 +139,7 @@ def _make_rows(config: SftConfig, tokenizer: Any, split: str) -> Any:
   )
   if num_long and jax.process_index() == 0:
     print(
-      f'{num_long} of {num_long + rows.num_documents} conversations ({split}) '
-      f'are longer than row_length={config.row_length} tokens: left out'
+      f'{num_long} of {num_long + rows.num_documents} examples ({split}) are '
+      f'longer than row_length={config.row_length} tokens: left out'
     )
   return rows

@@ -1,10 +1,12 @@
 """Tests of Hugging Face tokenizers: against the library, and round trips."""
 
+import io
 import json
 from importlib import resources
 
 import hypothesis
 import pytest
+import sentencepiece
 import tokenizers
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, processors, trainers
@@ -431,3 +433,98 @@ def test_a_sentencepiece_file_is_loaded_as_such():
   assert isinstance(loaded, tokenizer.Tokenizer)
   assert loaded.encode('37+45') == default.encode('37+45')
   assert loaded.stop_ids == (loaded.eos_id,)
+
+
+# ---- A folder with a sentencepiece model -----------------------------------
+
+
+def _train(path, **changes):
+  """A sentencepiece model as Llama-2's, but for the changes."""
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(['the answer is 82', 'what is 37+45?'] * 3),
+    model_writer=model,
+    model_type='bpe',
+    vocab_size=300,
+    hard_vocab_limit=False,
+    byte_fallback=True,
+    minloglevel=2,
+    **changes,
+  )
+  path.write_bytes(model.getvalue())
+
+
+_OURS = {
+  'user_defined_symbols': list(tokenizer.TAGS),
+  'add_dummy_prefix': False,
+  'normalization_rule_name': 'identity',
+  'remove_extra_whitespaces': False,
+  'pad_id': 3,
+}
+
+
+@pytest.mark.parametrize(
+  ('files', 'stop_ids'),
+  [
+    ({}, (1,)),
+    ({'config': {'bos_token_id': 2, 'eos_token_id': 1}}, (1,)),
+    ({'config': {}, 'generation_config': {'eos_token_id': [2, 1]}}, (1, 2)),
+  ],
+)
+def test_a_folder_may_hold_a_sentencepiece_model(tmp_path, files, stop_ids):
+  (tmp_path / 'tokenizer.model').write_bytes(tokenizer.default_model())
+  for name, values in files.items():
+    (tmp_path / f'{name}.json').write_text(json.dumps(values))
+  default = tokenizer.default()
+  loaded = hf_tokenizer.load_tokenizer(tmp_path)
+  assert isinstance(loaded, tokenizer.Tokenizer)
+  assert loaded.encode('<think>37+45') == default.encode('<think>37+45')
+  # What the model says of itself holds, other ends come after it.
+  for name in ('bos_id', 'eos_id', 'pad_id', 'vocab_size'):
+    assert getattr(loaded, name) == getattr(default, name)
+  assert loaded.stop_ids == stop_ids
+  assert default.stop_ids == (1,)
+
+
+def test_a_sentencepiece_model_beside_tokenizer_json_is_not_read(tmp_path):
+  folder = tiny_tokenizer.write_deepseek(tmp_path)
+  (folder / 'tokenizer.model').write_bytes(tokenizer.default_model())
+  loaded = hf_tokenizer.load_tokenizer(folder)
+  assert isinstance(loaded, hf_tokenizer.HfTokenizer)
+
+
+def test_a_sentencepiece_model_of_others_may_do(tmp_path):
+  _train(tmp_path / 'tokenizer.model', **_OURS)
+  loaded = hf_tokenizer.load_tokenizer(tmp_path)
+  assert (loaded.bos_id, loaded.eos_id, loaded.pad_id) == (1, 2, 3)
+  text = ' <think> the  answer\n'
+  assert loaded.decode(loaded.encode(text)) == text
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    (
+      {'user_defined_symbols': []},
+      "the tags .'<think>', '</think>', '<answer>'",
+    ),
+    ({'pad_id': -1}, 'has no pad piece, it must have one'),
+    ({'bos_id': -1}, 'has no bos piece, it must have one'),
+    ({'add_dummy_prefix': True}, "makes '  a  ½ ' of ' a  ½ ', it must leave"),
+    (
+      {'normalization_rule_name': 'nmt_nfkc'},
+      "makes ' a  1⁄2 ' of ' a  ½ ', it",
+    ),
+    ({'remove_extra_whitespaces': True}, "makes 'a ½' of ' a  ½ ', it must"),
+  ],
+)
+def test_what_a_sentencepiece_model_lacks_is_one_line(
+  tmp_path, changes, message
+):
+  path = tmp_path / 'tokenizer.model'
+  _train(path, **(_OURS | changes))
+  for given in (tmp_path, path):  # The folder, and the file itself.
+    with pytest.raises(config_lib.UserError, match=message) as error:
+      hf_tokenizer.load_tokenizer(given)
+    assert str(error.value).startswith(f'tokenizer {str(path)!r}')
+    assert '\n' not in str(error.value)

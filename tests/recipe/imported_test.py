@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 
 import numpy as np
@@ -116,14 +117,8 @@ def test_grpo_runs_on_an_imported_model_and_it_is_exported(tmp_path, kind):
 @pytest.mark.slow
 def test_an_imported_model_is_evaluated_with_its_template(tmp_path):
   folder = _folder(tmp_path / 'hf', 'qwen3')
-  workdir = tmp_path / 'run'
-  convert.to_workdir(
-    folder,
-    str(workdir),
-    mesh=micro.one_device(),
-    param_dtype='float32',
-    say=print,
-  )
+  workdir = tmp_path / 'evaluated'
+  before = sorted(os.listdir(folder))
   config = config_lib.from_dict(
     evaluation.EvaluateConfig,
     {
@@ -145,6 +140,7 @@ def test_an_imported_model_is_evaluated_with_its_template(tmp_path):
   with micro.on(micro.one_device()):
     summary = evaluation.run(config, str(workdir), print)
   assert summary['num_problems'] == 8 and summary['greedy'] == 0.0
+  assert sorted(os.listdir(folder)) == before
   line = (workdir / 'completions.jsonl').read_text().splitlines()[0]
   assert json.loads(line)['prompt'].startswith('<|im_start|>user\nWhat is')
 
@@ -170,7 +166,10 @@ def _sft_config(tmp_path, num_steps, **changes) -> sft.SftConfig:
     'train': micro.pretrain_dict()['train'] | {'num_steps': num_steps},
     'mesh': {'data': -1, 'fsdp': 1},
   }
-  return config_lib.from_dict(sft.SftConfig, values | changes)
+  for name, value in changes.items():
+    place, _, key = name.rpartition('__')
+    (values[place] if place else values)[key] = value
+  return config_lib.from_dict(sft.SftConfig, values)
 
 
 @pytest.mark.slow
@@ -183,6 +182,7 @@ def test_sft_learns_resumes_and_is_exported(tmp_path):
     again = sft.run(_sft_config(tmp_path, 30), str(tmp_path / 'half'))
   losses = [r['train/loss'] for r in metrics.read(run) if 'train/loss' in r]
   assert len(losses) == 30 and np.mean(losses[-5:]) < 0.7 * losses[0]
+  assert any('eval/loss' in row for row in metrics.read(run))
   same = np.testing.assert_array_equal
   same(
     state.variables['params']['embedding'],
@@ -198,6 +198,20 @@ def test_sft_learns_resumes_and_is_exported(tmp_path):
   )
   loaded, _ = huggingface.load(tmp_path / 'out')
   assert loaded.attention == _model('qwen3').attention
+  # It can be trained on: the tokenizer that ships went with it.
+  config = _sft_config(tmp_path, 3, init_from=str(tmp_path / 'out'), model=None)
+  with micro.on(micro.one_device()):
+    sizes = sft.run(config, str(tmp_path / 'more'), dry_run=True)
+  assert sizes['rows x tokens'] == '8x64'
+
+
+def test_sft_without_held_out_conversations_evaluates_nothing(tmp_path):
+  config = _sft_config(tmp_path, 2, data__held_out_fraction=0.0)
+  with micro.on(micro.one_device()):
+    state = sft.run(config, str(tmp_path / 'run'))
+  assert int(state.step) == 2
+  rows = list(metrics.read(tmp_path / 'run'))
+  assert rows and not any(key.startswith('eval/') for r in rows for key in r)
 
 
 @pytest.mark.parametrize(
@@ -207,11 +221,33 @@ def test_sft_learns_resumes_and_is_exported(tmp_path):
     ({'model': None}, "init_from='' with model=None"),
     ({'row_length': 256}, 'row_length = 256 tokens exceeds model.max_length'),
     ({'batch_size': 12}, 'batch_size=12'),
+    ({'data__system': 'Be brief.'}, "data: system='Be brief.' must be empty"),
+    (
+      {'data__held_out_fraction': 1e-6},
+      'the held_out split is empty: held_out_fraction=1e-06 holds out none of '
+      r'the 40 conversations of .*, it must be at least 0\.\d+, or 0 for no',
+    ),
   ],
 )
 def test_what_sft_cannot_do_is_said(tmp_path, changes, message):
   with pytest.raises(config_lib.UserError, match=message):
     config = _sft_config(tmp_path, 3, **changes)
+    sft.run(config, str(tmp_path / 'none'))
+  assert not (tmp_path / 'none').exists()
+
+
+def test_a_conversation_that_the_template_cannot_hold_is_named(tmp_path):
+  path = tmp_path / 'chats.jsonl'
+  turns = [{'role': role, 'content': 'x'} for role in ('user', 'assistant')]
+  records = [{'messages': turns}, {'messages': turns * 2}]
+  path.write_text(''.join(json.dumps(record) + '\n' for record in records))
+  config = _sft_config(
+    tmp_path, 3, data__paths=(str(path),), data__messages='messages'
+  )
+  with pytest.raises(
+    config_lib.UserError,
+    match=f"{path}:2: template='plain' holds one question, the roles user, as",
+  ):
     sft.run(config, str(tmp_path / 'none'))
   assert not (tmp_path / 'none').exists()
 
