@@ -17,11 +17,16 @@ class Layout:
 
   Attributes:
     slot_TK: int32 row of choice k of token t; m if it has none.
-    source_m: int32 token of each row; T for padding.
+    choice_m: int32 choice t · K + k of each row; T · K for padding.
   """
 
   slot_TK: jax.Array
-  source_m: jax.Array
+  choice_m: jax.Array
+
+  @property
+  def source_m(self) -> jax.Array:
+    """int32 token of each row; T for padding."""
+    return self.choice_m // self.slot_TK.shape[1]
 
 
 @jax.tree_util.register_dataclass
@@ -115,28 +120,39 @@ def dispatch(x_TD: jax.Array, layout: Layout) -> jax.Array:
   return _take(x_TD, layout.source_m)
 
 
-def _dispatch_fwd(x_TD, layout):
-  return dispatch(x_TD, layout), layout
+def sum_of_rows(y_mD: jax.Array, layout: Layout) -> jax.Array:
+  """Sums each token's rows: [m, D] -> [T, D], what `dispatch` pulls back.
 
-
-def _dispatch_bwd(layout, grad_mD):
-  # A gather, not the scatter-add that autodiff would make of it.
-  has_row_TK = layout.slot_TK < len(layout.source_m)
-  grad_TD = jnp.einsum(
-    'TKD,TK->TD',
-    _take(grad_mD, layout.slot_TK),
-    has_row_TK.astype(grad_mD.dtype),
+  A gather, not the scatter-add that autodiff would make of it.
+  """
+  has_row_TK = layout.slot_TK < len(layout.choice_m)
+  return jnp.einsum(
+    'TKD,TK->TD', _take(y_mD, layout.slot_TK), has_row_TK.astype(y_mD.dtype)
   )
-  return grad_TD, None
 
 
-dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
+dispatch.defvjp(
+  lambda x_TD, layout: (dispatch(x_TD, layout), layout),
+  lambda layout, grad_mD: (sum_of_rows(grad_mD, layout), None),
+)
+
+
+def of_rows(value_TK: jax.Array, layout: Layout) -> jax.Array:
+  """The value of each row's choice, [m]; 0 for padding."""
+  return jnp.take(
+    value_TK.reshape(-1), layout.choice_m, mode='fill', fill_value=0
+  )
+
+
+def of_choices(value_m: jax.Array, layout: Layout) -> jax.Array:
+  """The value of each choice's row, [T, K]; 0 where it has none."""
+  return _masked(_take(value_m, layout.slot_TK), layout)
 
 
 @jax.custom_vjp
 def combine(y_mD: jax.Array, weight_TK: jax.Array, layout: Layout) -> jax.Array:
   """Sums each token's rows with its weights: [m, D] -> [T, D]."""
-  weight_TK = _of_rows(weight_TK, layout)
+  weight_TK = _masked(weight_TK, layout)
   return jnp.einsum('TKD,TK->TD', _take(y_mD, layout.slot_TK), weight_TK)
 
 
@@ -149,14 +165,11 @@ def _combine_bwd(saved, grad_TD):
   grad_weight_TK = jnp.einsum(
     'TKD,TD->TK', _take(y_mD, layout.slot_TK), grad_TD
   )
-  weight_m = jnp.zeros(y_mD.shape[0], weight_TK.dtype)
-  weight_m = weight_m.at[layout.slot_TK.reshape(-1)].set(
-    weight_TK.reshape(-1), mode='drop'
-  )
+  weight_m = of_rows(weight_TK, layout)
   grad_mD = _take(grad_TD, layout.source_m) * weight_m[:, None]
   return (
     grad_mD.astype(y_mD.dtype),
-    _of_rows(grad_weight_TK.astype(weight_TK.dtype), layout),
+    _masked(grad_weight_TK.astype(weight_TK.dtype), layout),
     None,
   )
 
@@ -169,9 +182,9 @@ def _take(rows: jax.Array, index: jax.Array) -> jax.Array:
   return jnp.take(rows, index, axis=0, mode='clip')
 
 
-def _of_rows(value_TK: jax.Array, layout: Layout) -> jax.Array:
+def _masked(value_TK: jax.Array, layout: Layout) -> jax.Array:
   """Values of choices that have a row; 0 for the others."""
-  return jnp.where(layout.slot_TK < len(layout.source_m), value_TK, 0)
+  return jnp.where(layout.slot_TK < len(layout.choice_m), value_TK, 0)
 
 
 def _ranks(
@@ -205,5 +218,4 @@ def _inverse(place_r: jax.Array, size: int) -> jax.Array:
 
 
 def _layout(slot_TK: jax.Array, m: int) -> Layout:
-  # Choice T · K, which is none, gives token T.
-  return Layout(slot_TK, _inverse(slot_TK.reshape(-1), m) // slot_TK.shape[1])
+  return Layout(slot_TK, _inverse(slot_TK.reshape(-1), m))

@@ -37,33 +37,90 @@ def routed_swiglu(
   T, K = expert_TK.shape
   E = gate_EDF.shape[0]
   head = min(T, max(math.ceil(_HEAD_SHARE * T * K / E), _SMALL_HEAD))
-  # One product for gate and up: fewer and larger operations.
-  gate_up_EDF = jnp.concatenate([gate_EDF, up_EDF], axis=-1)
   layout, tail = layout_lib.head_and_tail(expert_TK, E, head, block)
-  args = x_TD, weight_TK, gate_up_EDF, down_EFD
-  if head == T:  # There is no tail.
-    return _run_head(*args, layout)
-  return _run_both(*args, layout, tail)
+  return _run(
+    x_TD,
+    weight_TK,
+    gate_EDF,
+    up_EDF,
+    down_EFD,
+    layout,
+    None if head == T else tail,  # There is none.
+  )
 
 
-def _run_head(
-  x_TD: jax.Array,
-  weight_TK: jax.Array,
-  gate_up_EDF: jax.Array,
-  down_EFD: jax.Array,
-  layout: layout_lib.Layout,
-) -> jax.Array:
-  """Sum over the choices of the head, [T, D]."""
-  E, D, _ = gate_up_EDF.shape
-  x_ECD = layout_lib.dispatch(x_TD, layout).reshape(E, -1, D)
-  y_mD = _swiglu(x_ECD, gate_up_EDF, down_EFD).reshape(-1, D)
-  return layout_lib.combine(y_mD, weight_TK, layout)
+@jax.custom_vjp
+def _run(*args) -> jax.Array:
+  """Sum over all choices, [T, D]: the head's, to which the tail adds its own.
+
+  Kept for the way back is what the head's experts computed first, before the
+  activation; the rest is cheaper to compute again than to carry. The tail runs
+  each block again. Its gradients add to the head's: sums of their own would be
+  filled with zeros, carried and added, which costs more than a short tail.
+  """
+  return _forward(*args)[0]
 
 
-def _swiglu(x, gate_up, down):
-  """Batched over any leading axes that all three have."""
-  gate, up = jnp.split(_matmul(x, gate_up), 2, axis=-1)
-  return _matmul(jax.nn.silu(gate) * up, down)
+def _forward(x_TD, weight_TK, gate_EDF, up_EDF, down_EFD, layout, tail):
+  gate_up_EDF = _join(gate_EDF, up_EDF)
+  gate_up_ECF = _matmul(_rows(x_TD, layout, gate_EDF), gate_up_EDF)
+  y_ECD = _matmul(_activate(gate_up_ECF), down_EFD)
+  out_TD = layout_lib.combine(
+    y_ECD.reshape(-1, y_ECD.shape[-1]), weight_TK, layout
+  )
+  args = x_TD, weight_TK, gate_EDF, up_EDF, down_EFD, layout, tail
+  if tail is not None:
+    out_TD = _add_tail(out_TD, x_TD, weight_TK, gate_up_EDF, down_EFD, tail)
+  return out_TD, (args, gate_up_ECF)
+
+
+def _backward(saved, pull_TD):
+  args, gate_up_ECF = saved
+  x_TD, weight_TK, gate_EDF, up_EDF, down_EFD, layout, tail = args
+  gate_up_EDF = _join(gate_EDF, up_EDF)
+  E, C, _ = gate_up_ECF.shape
+
+  pull_ECD = _rows(pull_TD, layout, gate_EDF)
+  weight_EC1 = layout_lib.of_rows(weight_TK, layout).reshape(E, C, 1)
+  hidden_ECF, pull_activation = jax.vjp(_activate, gate_up_ECF)
+  back_ECF = _matmul(pull_ECD, down_EFD.mT)
+  (back_gate_up_ECF,) = pull_activation(back_ECF * weight_EC1)
+  grad_x_ECD = _matmul(back_gate_up_ECF, gate_up_EDF.mT)
+  grads = (
+    layout_lib.sum_of_rows(grad_x_ECD.reshape(E * C, -1), layout),
+    layout_lib.of_choices(
+      jnp.sum(hidden_ECF * back_ECF, axis=-1).reshape(-1), layout
+    ),
+    _outer(_rows(x_TD, layout, gate_EDF), back_gate_up_ECF),
+    _outer(hidden_ECF * weight_EC1, pull_ECD),
+  )
+  if tail is not None:
+    grads = _add_tail_grads(
+      grads, pull_TD, x_TD, weight_TK, gate_up_EDF, down_EFD, tail
+    )
+  grad_x, grad_weight, grad_gate_up, grad_down = grads
+  grad_gate, grad_up = jnp.split(grad_gate_up, 2, axis=-1)
+  pairs = zip((grad_x, grad_weight, grad_gate, grad_up, grad_down), args)
+  return *(g.astype(a.dtype) for g, a in pairs), None, None
+
+
+_run.defvjp(_forward, _backward)
+
+
+def _rows(x_TD, layout, w_EDF):
+  """The head's rows of each expert, [E, C, D]."""
+  E, D = len(w_EDF), x_TD.shape[-1]
+  return layout_lib.dispatch(x_TD, layout).reshape(E, -1, D)
+
+
+def _join(gate, up):
+  """One product for gate and up: fewer and larger operations."""
+  return jnp.concatenate([gate, up], axis=-1)
+
+
+def _activate(gate_up):
+  gate, up = jnp.split(gate_up, 2, axis=-1)
+  return jax.nn.silu(gate) * up
 
 
 def _matmul(x, w):
@@ -71,44 +128,33 @@ def _matmul(x, w):
   return product.astype(x.dtype)
 
 
-@jax.custom_vjp
-def _run_both(
-  x_TD: jax.Array,
-  weight_TK: jax.Array,
-  gate_up_EDF: jax.Array,
-  down_EFD: jax.Array,
-  layout: layout_lib.Layout,
-  tail: layout_lib.Tail,
-) -> jax.Array:
-  """Sum over all choices: the tail adds to the head's sum, as do its gradients.
-
-  Sums of their own would be filled with zeros, carried and added, which costs
-  more than a short tail does.
-  """
-  args = x_TD, weight_TK, gate_up_EDF, down_EFD
-  return _add_tail(_run_head(*args, layout), args, tail)
+def _outer(x_ECD, y_ECF):
+  """Gradient of each expert's weights, float32 [E, D, F]."""
+  return jnp.matmul(x_ECD.mT, y_ECF, preferred_element_type=jnp.float32)
 
 
-def _run_both_fwd(x_TD, weight_TK, gate_up_EDF, down_EFD, layout, tail):
-  args = x_TD, weight_TK, gate_up_EDF, down_EFD
-  out_TD, pull_head = jax.vjp(lambda *a: _run_head(*a, layout), *args)
-  return _add_tail(out_TD, args, tail), (pull_head, args, tail)
+# ---- The tail -------------------------------------------------------------
 
 
-def _run_both_bwd(saved, pull_TD):
-  """Runs each block of the tail again: nothing of it is kept."""
-  pull_head, args, tail = saved
-  x_TD, weight_TK, gate_up_EDF, down_EFD = args
+def _add_tail(out_TD, x_TD, weight_TK, gate_up_EDF, down_EFD, tail):
+  def add_block(i, out_TD):
+    rows = _Rows(tail, i, weight_TK)
+    out_bD = _run_block(*rows.of(x_TD, weight_TK, gate_up_EDF, down_EFD))
+    return rows.add_to_tokens(out_TD, out_bD)
 
+  total_TD = jax.lax.fori_loop(
+    0, tail.num_blocks, add_block, out_TD.astype(jnp.float32)
+  )
+  return total_TD.astype(out_TD.dtype)
+
+
+def _add_tail_grads(
+  grads, pull_TD, x_TD, weight_TK, gate_up_EDF, down_EFD, tail
+):
   def add_block(i, grads):
     rows = _Rows(tail, i, weight_TK)
-    _, vjp = jax.vjp(
-      _run_block,
-      rows.of_tokens(x_TD),
-      rows.of_choices(weight_TK),
-      _at(gate_up_EDF, rows.expert),
-      _at(down_EFD, rows.expert),
-    )
+    args = rows.of(x_TD, weight_TK, gate_up_EDF, down_EFD)
+    _, vjp = jax.vjp(_run_block, *args)
     pulled = vjp(rows.of_tokens(pull_TD).astype(jnp.float32))
     return (
       rows.add_to_tokens(grads[0], pulled[0]),
@@ -117,36 +163,13 @@ def _run_both_bwd(saved, pull_TD):
       grads[3].at[rows.expert].add(pulled[3]),
     )
 
-  of_head = tuple(g.astype(jnp.float32) for g in pull_head(pull_TD))
-  grads = jax.lax.fori_loop(0, tail.num_blocks, add_block, of_head)
-  return *(g.astype(a.dtype) for g, a in zip(grads, args)), None, None
-
-
-_run_both.defvjp(_run_both_fwd, _run_both_bwd)
-
-
-def _add_tail(out_TD, args, tail):
-  x_TD, weight_TK, gate_up_EDF, down_EFD = args
-
-  def add_block(i, out_TD):
-    rows = _Rows(tail, i, weight_TK)
-    out_bD = _run_block(
-      rows.of_tokens(x_TD),
-      rows.of_choices(weight_TK),
-      _at(gate_up_EDF, rows.expert),
-      _at(down_EFD, rows.expert),
-    )
-    return rows.add_to_tokens(out_TD, out_bD)
-
-  out_TD = jax.lax.fori_loop(
-    0, tail.num_blocks, add_block, out_TD.astype(jnp.float32)
-  )
-  return out_TD.astype(x_TD.dtype)
+  grads = tuple(g.astype(jnp.float32) for g in grads)
+  return jax.lax.fori_loop(0, tail.num_blocks, add_block, grads)
 
 
 def _run_block(x_bD, weight_b, gate_up_DF, down_FD):
   """Weighted outputs of one expert, float32 [b, D]."""
-  y_bD = _swiglu(x_bD, gate_up_DF, down_FD)
+  y_bD = _matmul(_activate(_matmul(x_bD, gate_up_DF)), down_FD)
   return y_bD.astype(jnp.float32) * weight_b[:, None]
 
 
@@ -158,6 +181,15 @@ class _Rows:
     self.expert = tail.expert_n[i]
     self._choice_b = _at(tail.choice_nb, i)
     self._token_b = self._choice_b // K  # Of padding T, as its choice is T · K.
+
+  def of(self, x_TD, weight_TK, gate_up_EDF, down_EFD):
+    """What the block computes with."""
+    return (
+      self.of_tokens(x_TD),
+      self.of_choices(weight_TK),
+      _at(gate_up_EDF, self.expert),
+      _at(down_EFD, self.expert),
+    )
 
   def of_tokens(self, x_TD):
     return jnp.take(x_TD, self._token_b, axis=0, mode='fill', fill_value=0)

@@ -19,12 +19,17 @@ class MoeMetrics:
   """What a layer reports of its routing.
 
   Attributes:
-    counts_E: float32 choices per expert over the real tokens of the batch.
+    counts_BE: float32 choices per expert over the real tokens of each row.
     balance_B: float32 sequence-wise balance loss of each row, before α.
   """
 
-  counts_E: jax.Array
+  counts_BE: jax.Array
   balance_B: jax.Array
+
+  @property
+  def counts_E(self) -> jax.Array:
+    """Over the whole batch; summed after all layers, not in each."""
+    return self.counts_BE.sum(-2)
 
 
 class Moe(nn.Module):
@@ -62,12 +67,10 @@ class Moe(nn.Module):
         router_DE,
         precision=jax.lax.Precision.HIGHEST,
       )
-      score_BTE = router.scores(logits_BTE, c.score)
-      expert_BTK, weight_BTK = router.route(score_BTE, bias_E, config=c)
-      metrics = MoeMetrics(
-        counts_E=router.counts(expert_BTK, keep_BT, E),
-        balance_B=router.sequence_balance(score_BTE, keep_BT, top_k=c.top_k),
-      )
+      # By hand: XLA gathers all tokens on every device to sort them.
+      expert_BTK, weight_BTK, metrics = sharding.per_shard_here(
+        functools.partial(_route, config=c), (True, True, False)
+      )(logits_BTE, keep_BT, bias_E)
     with jax.named_scope('experts'):
       weights = (gate_EDF, up_EDF, down_EFD)
       out_BTD = sharding.per_shard_here(
@@ -87,6 +90,17 @@ class Moe(nn.Module):
       )
       out_BTD = out_BTD + shared(x_BTD)
     return out_BTD, metrics
+
+
+def _route(logits_BTE, keep_BT, bias_E, *, config):
+  """Experts, their weights and the metrics of the rows of one device."""
+  score_BTE = router.scores(logits_BTE, config.score)
+  expert_BTK, weight_BTK = router.route(score_BTE, bias_E, config=config)
+  metrics = MoeMetrics(
+    counts_BE=router.counts(expert_BTK, keep_BT, config.num_experts),
+    balance_B=router.sequence_balance(score_BTE, keep_BT, top_k=config.top_k),
+  )
+  return expert_BTK, weight_BTK, metrics
 
 
 def _run_experts(x_BTD, expert_BTK, weight_BTK, weights, **options):

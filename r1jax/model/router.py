@@ -49,9 +49,9 @@ def route(
 
 
 def counts(expert_BTK: jax.Array, keep_BT: jax.Array, num_experts: int):
-  """Choices per expert over the kept tokens, float32 [E]."""
+  """Choices per expert over the kept tokens of each row, float32 [B, E]."""
   one_hot = jax.nn.one_hot(expert_BTK, num_experts, dtype=jnp.float32)
-  return jnp.einsum('BTKE,BT->E', one_hot, keep_BT.astype(jnp.float32))
+  return jnp.einsum('BTKE,BT->BE', one_hot, keep_BT.astype(jnp.float32))
 
 
 def sequence_balance(

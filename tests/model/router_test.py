@@ -126,10 +126,10 @@ def test_balance_loss_by_loops_leaves_padding_out():
 
 
 def test_counts_are_choices_of_kept_tokens():
-  expert_BTK = jnp.asarray([[[0, 2], [2, 1], [3, 3]]])
-  keep_BT = jnp.asarray([[True, True, False]])
-  counts_E = router.counts(expert_BTK, keep_BT, 4)
-  np.testing.assert_array_equal(counts_E, [1, 1, 2, 0])
+  expert_BTK = jnp.asarray([[[0, 2], [2, 1], [3, 3]], [[3, 0], [1, 1], [3, 0]]])
+  keep_BT = jnp.asarray([[True, True, False], [True, False, True]])
+  counts_BE = router.counts(expert_BTK, keep_BT, 4)
+  np.testing.assert_array_equal(counts_BE, [[1, 1, 2, 0], [2, 0, 0, 2]])
 
 
 def test_overloaded_experts_lose_bias_and_idle_ones_gain_it():

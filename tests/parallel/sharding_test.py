@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -88,6 +89,34 @@ def test_per_shard_sees_its_own_rows():
   x_BT = np.arange(16.0, dtype=np.float32)[:, None]
   expected_BT = np.repeat(x_BT[::2], 2, axis=0) + 100
   np.testing.assert_array_equal(run(x_BT, np.float32(100)), expected_BT)
+
+
+def _look_up(rows_BD, choice_B, weights):
+  """Rows times one of their matrices; what was chosen comes out as well."""
+  table_EDF, scale = weights
+  product_BF = jnp.einsum('BD,BDF->BF', rows_BD, table_EDF[choice_B])
+  return {'out': jnp.tanh(product_BF) * scale, 'choice': choice_B}
+
+
+def test_gradients_per_shard_are_those_of_the_whole():
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  choice_B = rng.integers(0, 3, 16).astype(np.int32)
+  args = draw(16, 4), choice_B, (draw(3, 4, 5), np.float32(1.5))
+  pull_BF = draw(16, 5)
+  shards = sharding.per_shard(_look_up, _mesh(8, 1), (True, True, False))
+
+  def gradients(function):
+    @quick.jit
+    def run(rows_BD, choice_B, weights):
+      objective = lambda rows_BD, weights: jnp.sum(
+        function(rows_BD, choice_B, weights)['out'] * pull_BF
+      )
+      return jax.grad(objective, argnums=(0, 1))(rows_BD, weights)
+
+    return run(*args)
+
+  tiny.assert_trees_close(gradients(shards), gradients(_look_up), atol=1e-5)
 
 
 def _batch():
