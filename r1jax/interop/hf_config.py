@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from r1jax import config as config_lib
+from r1jax.interop import hf_rope
 from r1jax.model import config as model_config
 
 Values = Mapping[str, Any]
@@ -16,12 +17,14 @@ class _Family:
 
   Attributes:
     architecture: Name of transformers' class.
+    defaults: What config.json may leave out.
     read: Builds attention, feed-forward and depth out of config.json.
     write: The other way round.
     fits: Says whether a model can be written as this family.
   """
 
   architecture: str
+  defaults: Values
   read: Callable[[Values], dict[str, Any]]
   write: Callable[[model_config.ModelConfig], dict[str, Any]]
   fits: Callable[[model_config.ModelConfig], bool]
@@ -45,25 +48,25 @@ def read(values: Values, **changes: Any) -> model_config.ModelConfig:
       f'model_type={kind!r} is not supported; supported are '
       f'{", ".join(_FAMILIES)}'
     )
+  values = _FAMILIES[kind].defaults | values
   try:
-    _refuse(values, 'hidden_act', 'silu')
-    _refuse(values, 'attention_bias', False)
+    _refuse(values, 'hidden_act', 'silu', 'swish')  # The same.
     _refuse(values, 'mlp_bias', False)
     fields = {
       'vocab_size': values['vocab_size'],
-      'embed_dim': values['hidden_size'],
-      'num_layers': values['num_hidden_layers'],
+      'embed_dim': _count(values, 'hidden_size'),
+      'num_layers': _count(values, 'num_hidden_layers'),
       'num_dense_layers': values['num_hidden_layers'],
       'moe': None,
       'norm_eps': values['rms_norm_eps'],
-      'init_std': values.get('initializer_range', 0.02),
-      'tie_embeddings': bool(values.get('tie_word_embeddings', False)),
-      'max_length': values['max_position_embeddings'],
+      'init_std': values['initializer_range'],
+      'tie_embeddings': values['tie_word_embeddings'],
+      'max_length': _count(values, 'max_position_embeddings'),
     }
     fields |= _FAMILIES[kind].read(values)
-    # As from a config file, so that every value's type is checked.
-    plain = config_lib.to_dict(fields | changes)
-    return config_lib.from_dict(model_config.ModelConfig, plain, 'config.json')
+    # Plain values, as from a config file, so that their types are checked.
+    fields |= config_lib.to_dict(changes)
+    return config_lib.from_dict(model_config.ModelConfig, fields, 'config.json')
   except config_lib.UserError:
     raise
   except KeyError as e:
@@ -107,7 +110,7 @@ def write(config: model_config.ModelConfig) -> dict[str, Any]:
       'use_cache': True,
     }
     | family.write(config)
-    | _write_rope(attention.rope)
+    | hf_rope.write(attention.rope)
   )
 
 
@@ -118,36 +121,41 @@ def _read_deepseek_v3(values: Values) -> dict[str, Any]:
   _refuse(values, 'moe_layer_freq', 1)
   _refuse(values, 'scoring_func', 'sigmoid')
   _refuse(values, 'topk_method', 'noaux_tc')
-  num_dense = _num_dense(values)
   return {
-    'num_dense_layers': num_dense,
+    'num_dense_layers': _first_k_dense(values),
     'dense_dim': values['intermediate_size'],
-    'attention': _read_mla(values),
+    'attention': _read_mla(values, interleaved=values['rope_interleave']),
     'mtp_depth': values.get('num_nextn_predict_layers') or 0,
-    'moe': model_config.MoeConfig(
-      num_experts=values['n_routed_experts'],
-      top_k=values['num_experts_per_tok'],
-      expert_dim=values['moe_intermediate_size'],
-      num_shared=values.get('n_shared_experts') or 0,
-      num_groups=values['n_group'],
-      top_groups=values['topk_group'],
-      score='sigmoid',
-      group_score='top2',
-      normalize=values['norm_topk_prob'],
-      scale=float(values['routed_scaling_factor']),
-    ),
+    'moe': {
+      'num_experts': values['n_routed_experts'],
+      'top_k': values['num_experts_per_tok'],
+      'expert_dim': values['moe_intermediate_size'],
+      'num_shared': values['n_shared_experts'] or 0,
+      'num_groups': values['n_group'],
+      'top_groups': values['topk_group'],
+      'score': 'sigmoid',
+      'group_score': 'top2',
+      'normalize': values['norm_topk_prob'],
+      'scale': values['routed_scaling_factor'],
+    },
   }
 
 
 def _read_deepseek_v32(values: Values) -> dict[str, Any]:
-  fields = _read_deepseek_v3(values)
-  indexer = model_config.IndexerConfig(
-    num_heads=values['index_n_heads'],
-    head_dim=values['index_head_dim'],
-    top_k=values['index_topk'],
-  )
-  attention = dataclasses.replace(fields['attention'], indexer=indexer)
-  return fields | {'attention': attention}
+  # transformers rotates its pairs whatever the file says.
+  fields = _read_deepseek_v3(values | {'rope_interleave': True})
+  indexer = {
+    'num_heads': values['index_n_heads'],
+    'head_dim': values['index_head_dim'],
+    'top_k': values['index_topk'],
+  }
+  fields['attention']['indexer'] = indexer
+  kinds = values['mlp_layer_types']
+  if kinds is not None:
+    is_sparse = [kind == 'sparse' for kind in kinds]
+    said = f'mlp_layer_types={kinds}'
+    fields['num_dense_layers'] = _num_dense(values, is_sparse, said)
+  return fields
 
 
 def _read_deepseek_v2(values: Values) -> dict[str, Any]:
@@ -155,7 +163,7 @@ def _read_deepseek_v2(values: Values) -> dict[str, Any]:
   _refuse(values, 'scoring_func', 'softmax')
   # transformers never normalises V2's weights; released configs say false.
   _refuse(values, 'norm_topk_prob', False)
-  method = values.get('topk_method', 'greedy')
+  method = values['topk_method']
   if method not in ('greedy', 'group_limited_greedy'):
     raise config_lib.UserError(
       f'topk_method={method!r} is not supported, it must be greedy or '
@@ -163,44 +171,54 @@ def _read_deepseek_v2(values: Values) -> dict[str, Any]:
     )
   is_limited = method == 'group_limited_greedy'
   return {
-    'num_dense_layers': _num_dense(values),
+    'num_dense_layers': _first_k_dense(values),
     'dense_dim': values['intermediate_size'],
-    'attention': _read_mla(values),
-    'moe': model_config.MoeConfig(
-      num_experts=values['n_routed_experts'],
-      top_k=values['num_experts_per_tok'],
-      expert_dim=values['moe_intermediate_size'],
-      num_shared=values.get('n_shared_experts') or 0,
-      num_groups=values['n_group'] if is_limited else 1,
-      top_groups=values['topk_group'] if is_limited else 1,
-      score='softmax',
-      group_score='max',
-      normalize=False,
-      scale=float(values['routed_scaling_factor']),
-      has_bias=False,
-    ),
+    'attention': _read_mla(values, interleaved=True),
+    'moe': {
+      'num_experts': values['n_routed_experts'],
+      'top_k': values['num_experts_per_tok'],
+      'expert_dim': values['moe_intermediate_size'],
+      'num_shared': values['n_shared_experts'] or 0,
+      'num_groups': values['n_group'] if is_limited else 1,
+      'top_groups': values['topk_group'] if is_limited else 1,
+      'score': 'softmax',
+      'group_score': 'max',
+      'normalize': False,
+      'scale': values['routed_scaling_factor'],
+      'has_bias': False,
+    },
   }
 
 
-def _read_mla(values: Values) -> model_config.MlaConfig:
+def _read_mla(values: Values, *, interleaved: bool) -> dict[str, Any]:
+  _refuse(values, 'attention_bias', False)
   heads = values['num_attention_heads']
   _refuse(values, 'num_key_value_heads', heads)
-  return model_config.MlaConfig(
-    num_heads=heads,
-    q_lora_rank=values.get('q_lora_rank'),
-    kv_lora_rank=values['kv_lora_rank'],
-    nope_head_dim=values['qk_nope_head_dim'],
-    rope_head_dim=values['qk_rope_head_dim'],
-    v_head_dim=values['v_head_dim'],
-    rope=_read_rope(values, interleaved=values.get('rope_interleave', True)),
-  )
+  return {
+    'num_heads': heads,
+    'q_lora_rank': values['q_lora_rank'],
+    'kv_lora_rank': values['kv_lora_rank'],
+    'nope_head_dim': values['qk_nope_head_dim'],
+    'rope_head_dim': values['qk_rope_head_dim'],
+    'v_head_dim': values['v_head_dim'],
+    'rope': hf_rope.read(values, interleaved=interleaved),
+  }
 
 
-def _num_dense(values: Values) -> int:
-  layers = values['num_hidden_layers']
-  num_dense = min(values.get('first_k_dense_replace', 0), layers)
-  kinds = ['dense'] * num_dense + ['sparse'] * (layers - num_dense)
-  _refuse(values, 'mlp_layer_types', kinds)
+def _first_k_dense(values: Values) -> int:
+  first = _count(values, 'first_k_dense_replace', least=0)
+  return min(first, values['num_hidden_layers'])
+
+
+def _num_dense(values: Values, is_sparse: list[bool], said: str) -> int:
+  """How many layers are dense, which must be the first ones."""
+  num_layers = values['num_hidden_layers']
+  num_dense = is_sparse.count(False)
+  if is_sparse != [i >= num_dense for i in range(num_layers)]:
+    raise config_lib.UserError(
+      f'{said} of {num_layers} layers is not supported: some dense layers must '
+      'come first, then only sparse ones'
+    )
   return num_dense
 
 
@@ -262,53 +280,81 @@ def _write_mla(config: model_config.ModelConfig) -> dict[str, Any]:
 # ---- Qwen and Llama -------------------------------------------------------
 
 
-def _read_dense(**options: bool) -> Callable[[Values], dict[str, Any]]:
-  def read_values(values: Values) -> dict[str, Any]:
-    return {
-      'dense_dim': values['intermediate_size'],
-      'attention': _read_gqa(values, **options),
-    }
-
-  return read_values
-
-
-def _read_qwen3_moe(values: Values) -> dict[str, Any]:
-  _refuse(values, 'decoder_sparse_step', 1)
-  layers = values['num_hidden_layers']
-  dense = sorted(values.get('mlp_only_layers') or [])
-  if dense != list(range(len(dense))) or len(dense) > layers:
-    raise config_lib.UserError(
-      f'mlp_only_layers={dense} is not supported: dense layers must come first'
-    )
+def _read_dense(values: Values, **options: bool) -> dict[str, Any]:
   return {
-    'num_dense_layers': len(dense),
     'dense_dim': values['intermediate_size'],
-    'attention': _read_gqa(values, qk_norm=True),
-    'moe': model_config.MoeConfig(
-      num_experts=values.get('num_experts', values.get('num_local_experts')),
-      top_k=values['num_experts_per_tok'],
-      expert_dim=values['moe_intermediate_size'],
-      num_shared=0,
-      score='softmax',
-      normalize=values['norm_topk_prob'],
-      has_bias=False,
-    ),
+    'attention': _read_gqa(values, **options),
   }
 
 
-def _read_gqa(values: Values, **options: bool) -> model_config.GqaConfig:
-  heads = values['num_attention_heads']
-  if values.get('use_sliding_window'):
-    raise config_lib.UserError(
-      'use_sliding_window=true is not supported, attention is full here'
-    )
-  return model_config.GqaConfig(
-    num_heads=heads,
-    num_kv_heads=values.get('num_key_value_heads') or heads,
-    head_dim=values.get('head_dim') or values['hidden_size'] // heads,
-    rope=_read_rope(values, interleaved=False),
+def _read_qwen2(values: Values) -> dict[str, Any]:
+  _refuse_windows(values)
+  # Its biases are those of queries, keys and values, whatever the file says.
+  return _read_dense(values | {'attention_bias': False}, qkv_bias=True)
+
+
+def _read_qwen3(values: Values) -> dict[str, Any]:
+  _refuse_windows(values)
+  return _read_dense(values, qk_norm=True)
+
+
+def _read_qwen3_moe(values: Values) -> dict[str, Any]:
+  # Here a window is every layer's.
+  _refuse_windows(values | {'layer_types': None, 'max_window_layers': 0})
+  step = _count(values, 'decoder_sparse_step')
+  dense = values['mlp_only_layers'] or []
+  is_sparse = [
+    (i + 1) % step == 0 and i not in dense
+    for i in range(values['num_hidden_layers'])
+  ]
+  said = f'decoder_sparse_step={step} with mlp_only_layers={dense}'
+  name = 'num_local_experts' if 'num_local_experts' in values else 'num_experts'
+  return {
+    'num_dense_layers': _num_dense(values, is_sparse, said),
+    'dense_dim': values['intermediate_size'],
+    'attention': _read_gqa(values, qk_norm=True),
+    'moe': {
+      'num_experts': values[name],
+      'top_k': values['num_experts_per_tok'],
+      'expert_dim': values['moe_intermediate_size'],
+      'num_shared': 0,
+      'score': 'softmax',
+      'normalize': values['norm_topk_prob'],
+      'has_bias': False,
+    },
+  }
+
+
+def _read_gqa(values: Values, **options: bool) -> dict[str, Any]:
+  _refuse(values, 'attention_bias', False)
+  heads = _count(values, 'num_attention_heads')
+  return {
+    'num_heads': heads,
+    'num_kv_heads': values['num_key_value_heads'] or heads,
+    'head_dim': values['head_dim'] or values['hidden_size'] // heads,
+    'rope': hf_rope.read(values, interleaved=False),
     **options,
-  )
+  }
+
+
+def _refuse_windows(values: Values) -> None:
+  """Attention must see all tokens in every layer."""
+  kinds = values['layer_types']
+  if kinds is not None:  # Then nothing else counts.
+    kinds = sorted(set(kinds) - {'full_attention', 'attention'})
+    if kinds:
+      raise config_lib.UserError(
+        f'layer_types with {", ".join(kinds)} are not supported, only '
+        'full_attention is'
+      )
+    return
+  first, window = values['max_window_layers'], values['sliding_window']
+  has_window = values['use_sliding_window'] and window is not None
+  if has_window and first < values['num_hidden_layers']:
+    raise config_lib.UserError(
+      f'use_sliding_window=true with sliding_window={window} from layer '
+      f'{first} on is not supported, attention is full here'
+    )
 
 
 def _write_dense(config: model_config.ModelConfig) -> dict[str, Any]:
@@ -344,85 +390,26 @@ def _write_qwen3_moe(config: model_config.ModelConfig) -> dict[str, Any]:
   }
 
 
-# ---- Rotary embedding -----------------------------------------------------
+# ---- What the families share ----------------------------------------------
 
 
-def _read_rope(values: Values, *, interleaved: bool) -> model_config.RopeConfig:
-  """Both forms: rope_parameters, or rope_theta beside rope_scaling."""
-  rope = dict(values.get('rope_parameters') or values.get('rope_scaling') or {})
-  theta = rope.get('rope_theta', values.get('rope_theta'))
-  if theta is None:
-    raise KeyError('rope_theta')
-  kind = rope.get('rope_type', rope.get('type', 'default'))
-  original = rope.get(
-    'original_max_position_embeddings', values['max_position_embeddings']
-  )
-  match kind:
-    case 'default':
-      scaling = None
-    case 'yarn':
-      if rope.get('attention_factor') is not None:
-        raise config_lib.UserError(
-          f'attention_factor={rope["attention_factor"]} of rope is not '
-          'supported, mscale and mscale_all_dim are'
-        )
-      _refuse(rope, 'truncate', True)
-      scaling = model_config.YarnConfig(
-        factor=float(rope['factor']),
-        original_length=original,
-        beta_fast=float(rope.get('beta_fast') or 32),
-        beta_slow=float(rope.get('beta_slow') or 1),
-        mscale=float(rope.get('mscale') or 0),
-        mscale_all_dim=float(rope.get('mscale_all_dim') or 0),
-      )
-    case 'llama3':
-      scaling = model_config.Llama3RopeConfig(
-        factor=float(rope['factor']),
-        low_freq_factor=float(rope['low_freq_factor']),
-        high_freq_factor=float(rope['high_freq_factor']),
-        original_length=original,
-      )
-    case _:
-      raise config_lib.UserError(
-        f'rope type {kind!r} is not supported; supported are default, yarn, '
-        'llama3'
-      )
-  return model_config.RopeConfig(float(theta), interleaved, scaling)
-
-
-def _write_rope(rope: model_config.RopeConfig) -> dict[str, Any]:
-  """rope_theta and rope_scaling: every reader knows them."""
-  scaling = rope.scaling
-  match scaling:
-    case None:
-      written = None
-    case model_config.YarnConfig():
-      written = {
-        'rope_type': 'yarn',
-        'factor': scaling.factor,
-        'original_max_position_embeddings': scaling.original_length,
-        'beta_fast': scaling.beta_fast,
-        'beta_slow': scaling.beta_slow,
-        'mscale': scaling.mscale,
-        'mscale_all_dim': scaling.mscale_all_dim,
-      }
-    case model_config.Llama3RopeConfig():
-      written = {
-        'rope_type': 'llama3',
-        'factor': scaling.factor,
-        'low_freq_factor': scaling.low_freq_factor,
-        'high_freq_factor': scaling.high_freq_factor,
-        'original_max_position_embeddings': scaling.original_length,
-      }
-  return {'rope_theta': rope.theta, 'rope_scaling': written}
-
-
-def _refuse(values: Values, name: str, supported: Any) -> None:
-  """A key that is there must have the one value that is supported."""
-  value = values.get(name)
-  if value is not None and value != supported:
+def _count(values: Values, name: str, least: int = 1) -> int:
+  """A value that is calculated with."""
+  value = values[name]
+  if not isinstance(value, int) or value < least:
     raise config_lib.UserError(
-      f'{name}={value!r} is not supported, only {supported!r} is'
+      f'{name}={value!r} must be an integer, at least {least}'
+    )
+  return value
+
+
+def _refuse(values: Values, name: str, *supported: Any) -> None:
+  """A key that is there must have a value that is supported."""
+  value = values.get(name)
+  if value is not None and value not in supported:
+    raise config_lib.UserError(
+      f'{name}={value!r} is not supported, only '
+      f'{" or ".join(map(repr, supported))} is'
     )
 
 
@@ -448,8 +435,76 @@ def _is_gqa(config: model_config.ModelConfig, **wanted: bool) -> bool:
   )
 
 
+# ---- The families ---------------------------------------------------------
+
+# The defaults of transformers 5.23, configuration_*.py of each family. A file
+# without vocab_size, hidden_size, intermediate_size or the numbers of layers,
+# heads and experts is broken; one without num_nextn_predict_layers has no MTP.
+_DEFAULTS = {
+  'initializer_range': 0.02,
+  'rms_norm_eps': 1e-6,
+  'rope_theta': 10000.0,
+  'tie_word_embeddings': False,
+  'num_key_value_heads': None,  # As many as heads; MLA has no other number.
+}
+_DEEPSEEK_V2_DEFAULTS = _DEFAULTS | {
+  'max_position_embeddings': 2048,
+  'first_k_dense_replace': 0,
+  'kv_lora_rank': 512,
+  'q_lora_rank': 1536,
+  'qk_nope_head_dim': 128,
+  'qk_rope_head_dim': 64,
+  'v_head_dim': 128,
+  'moe_intermediate_size': 1407,
+  'n_shared_experts': 2,
+  'topk_method': 'greedy',
+  'routed_scaling_factor': 1.0,
+}
+_DEEPSEEK_V3_DEFAULTS = _DEEPSEEK_V2_DEFAULTS | {
+  'max_position_embeddings': 4096,
+  'first_k_dense_replace': 3,
+  'num_experts_per_tok': 8,
+  'moe_intermediate_size': 2048,
+  'n_shared_experts': 1,
+  'n_group': 8,
+  'topk_group': 4,
+  'topk_method': 'noaux_tc',
+  'norm_topk_prob': True,
+  'routed_scaling_factor': 2.5,
+  'rope_interleave': True,
+}
+_DEEPSEEK_V32_DEFAULTS = _DEEPSEEK_V3_DEFAULTS | {
+  'max_position_embeddings': 163840,
+  'mlp_layer_types': None,
+  'index_n_heads': 64,
+  'index_head_dim': 128,
+  'index_topk': 2048,
+}
+_LLAMA_DEFAULTS = _DEFAULTS | {
+  'max_position_embeddings': 2048,
+  'head_dim': None,
+}
+_QWEN2_DEFAULTS = _DEFAULTS | {
+  'max_position_embeddings': 32768,
+  'num_key_value_heads': 32,
+  'head_dim': None,
+  'layer_types': None,
+  'use_sliding_window': False,
+  'sliding_window': 4096,
+  'max_window_layers': 28,
+}
+_QWEN3_DEFAULTS = _QWEN2_DEFAULTS | {'head_dim': 128}
+_QWEN3_MOE_DEFAULTS = _QWEN2_DEFAULTS | {
+  'num_key_value_heads': 4,
+  'decoder_sparse_step': 1,
+  'mlp_only_layers': None,
+  'num_experts_per_tok': 8,
+  'moe_intermediate_size': 768,
+  'norm_topk_prob': False,
+}
 _V3 = _Family(
   'DeepseekV3ForCausalLM',
+  _DEEPSEEK_V3_DEFAULTS,
   _read_deepseek_v3,
   _write_deepseek_v3,
   lambda c: (
@@ -462,6 +517,7 @@ _FAMILIES = {
   'deepseek_v3': _V3,  # And Moonlight.
   'deepseek_v32': _Family(
     'DeepseekV32ForCausalLM',
+    _DEEPSEEK_V32_DEFAULTS,
     _read_deepseek_v32,
     _write_deepseek_v32,
     lambda c: (
@@ -473,6 +529,7 @@ _FAMILIES = {
   ),
   'deepseek_v2': _Family(
     'DeepseekV2ForCausalLM',
+    _DEEPSEEK_V2_DEFAULTS,
     _read_deepseek_v2,
     _write_deepseek_v2,
     lambda c: (
@@ -487,18 +544,21 @@ _FAMILIES = {
   'kimi_k2': _V3,
   'qwen2': _Family(
     'Qwen2ForCausalLM',
-    _read_dense(qkv_bias=True),
+    _QWEN2_DEFAULTS,
+    _read_qwen2,
     _write_qwen2,
     lambda c: _is_gqa(c, bias=True, norm=False, moe=False),
   ),
   'qwen3': _Family(
     'Qwen3ForCausalLM',
-    _read_dense(qk_norm=True),
+    _QWEN3_DEFAULTS,
+    _read_qwen3,
     _write_qwen3,
     lambda c: _is_gqa(c, bias=False, norm=True, moe=False),
   ),
   'qwen3_moe': _Family(
     'Qwen3MoeForCausalLM',
+    _QWEN3_MOE_DEFAULTS,
     _read_qwen3_moe,
     _write_qwen3_moe,
     lambda c: (
@@ -512,7 +572,8 @@ _FAMILIES = {
   ),
   'llama': _Family(
     'LlamaForCausalLM',
-    _read_dense(),
+    _LLAMA_DEFAULTS,
+    _read_dense,
     _write_llama,
     lambda c: _is_gqa(c, bias=False, norm=False, moe=False),
   ),

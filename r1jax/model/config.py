@@ -21,6 +21,9 @@ class YarnConfig:
     mscale_all_dim: Its denominator, squared into the softmax scale; without
       both (0) the factor is YaRN's own, that of mscale = 1, and the scale is
       left alone.
+    attention_factor: The factor of cos and sin itself, whatever the mscales
+      make of it; the softmax scale still follows mscale_all_dim.
+    truncate: Round the ramp's ends outwards to whole pairs.
   """
 
   factor: float
@@ -29,13 +32,20 @@ class YarnConfig:
   beta_slow: float = 1.0
   mscale: float = 1.0
   mscale_all_dim: float = 1.0
+  attention_factor: float | None = None
+  truncate: bool = True
 
   def __post_init__(self):
     config_lib.check_at_least(self, 1, 'factor', 'original_length')
+    config_lib.check_positive(self, 'beta_fast', 'beta_slow')
+    if self.attention_factor is not None:
+      config_lib.check_positive(self, 'attention_factor')
 
   @property
   def rotation_factor(self) -> float:
     """What cos and sin are multiplied by."""
+    if self.attention_factor is not None:
+      return self.attention_factor
     if not (self.mscale and self.mscale_all_dim):
       return yarn_mscale(self.factor, 1.0)
     return yarn_mscale(self.factor, self.mscale) / yarn_mscale(

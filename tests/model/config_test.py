@@ -43,8 +43,14 @@ def test_model_rules(changes, message):
 def test_attention_and_yarn_rules():
   with pytest.raises(ValueError, match='rope_head_dim=7 must be even'):
     dataclasses.replace(tiny.config().attention, rope_head_dim=7)
-  with pytest.raises(ValueError, match='factor=0.5'):
-    model_config.YarnConfig(factor=0.5, original_length=4096)
+  for changes, message in (
+    ({'factor': 0.5}, 'factor=0.5 must be at least 1'),
+    ({'beta_fast': 0.0}, 'beta_fast=0.0 must be positive'),
+    ({'beta_slow': -1.0}, 'beta_slow=-1.0 must be positive'),
+    ({'attention_factor': 0.0}, 'attention_factor=0.0 must be positive'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      model_config.YarnConfig(**{'factor': 4.0, 'original_length': 9} | changes)
 
 
 _ROPE = model_config.RopeConfig(theta=1e4, interleaved=False)
@@ -88,3 +94,9 @@ def test_yarn_without_both_mscales_scales_the_rotation_not_the_softmax():
   yarn = model_config.YarnConfig(4.0, 32, mscale=0.0, mscale_all_dim=0.0)
   assert yarn.rotation_factor == model_config.yarn_mscale(4.0, 1.0) > 1.1
   assert yarn.softmax_factor == 1.0
+
+
+def test_attention_factor_takes_the_place_of_the_rotation_factor_only():
+  yarn = model_config.YarnConfig(4.0, 32, mscale=0.5, attention_factor=1.5)
+  assert yarn.rotation_factor == 1.5
+  assert yarn.softmax_factor == model_config.yarn_mscale(4.0, 1.0) ** 2 > 1

@@ -85,9 +85,9 @@ def test_shapes_at_other_depths_and_without_asking(depth):
     _tokens(),
   )
   assert [h.shape for h in run(True).mtp_hidden] == [(_B, _T, 32)] * depth
-  assert run(True).moe.counts_E.shape == (1 + depth, 8)
+  assert run(True).moe.counts_BE.shape == (1 + depth, _B, 8)
   assert run(False).mtp_hidden == ()
-  assert run(False).moe.counts_E.shape == (1, 8)
+  assert run(False).moe.counts_BE.shape == (1, _B, 8)
 
 
 @pytest.mark.parametrize('depth', [1, 2])
