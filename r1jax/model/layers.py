@@ -70,6 +70,41 @@ class SwiGlu(nn.Module):
     x_BTD, gate_DF, up_DF, down_FD = nn.dtypes.promote_dtype(
       x_BTD, gate_DF, up_DF, down_FD, dtype=self.dtype
     )
-    h_BTF = nn.silu(jnp.einsum('BTD,DF->BTF', x_BTD, gate_DF))
-    h_BTF *= jnp.einsum('BTD,DF->BTF', x_BTD, up_DF)
-    return jnp.einsum('BTF,FD->BTD', h_BTF, down_FD)
+    return _swiglu(x_BTD, gate_DF, up_DF, down_FD)
+
+
+@jax.custom_vjp
+def _swiglu(x_BTD, gate_DF, up_DF, down_FD):
+  """Keeps what enters the activation; the activation is computed again."""
+  return _swiglu_fwd(x_BTD, gate_DF, up_DF, down_FD)[0]
+
+
+def _swiglu_fwd(x_BTD, gate_DF, up_DF, down_FD):
+  gate_BTF = jnp.einsum('BTD,DF->BTF', x_BTD, gate_DF)
+  up_BTF = jnp.einsum('BTD,DF->BTF', x_BTD, up_DF)
+  h_BTF = _gate(gate_BTF, up_BTF)
+  y_BTD = jnp.einsum('BTF,FD->BTD', h_BTF, down_FD)
+  return y_BTD, (x_BTD, gate_DF, up_DF, down_FD, gate_BTF, up_BTF)
+
+
+def _swiglu_bwd(saved, pull_BTD):
+  x_BTD, gate_DF, up_DF, down_FD, gate_BTF, up_BTF = saved
+  h_BTF, vjp = jax.vjp(_gate, gate_BTF, up_BTF)
+  grad_gate_BTF, grad_up_BTF = vjp(jnp.einsum('BTD,FD->BTF', pull_BTD, down_FD))
+  grad_x_BTD = jnp.einsum('BTF,DF->BTD', grad_gate_BTF, gate_DF)
+  grad_x_BTD += jnp.einsum('BTF,DF->BTD', grad_up_BTF, up_DF)
+  # What was just computed comes second: a CPU transposes the first operand,
+  # and would compute an activation's gradient in that order, column by column.
+  return (
+    grad_x_BTD,
+    jnp.einsum('BTD,BTF->DF', x_BTD, grad_gate_BTF),
+    jnp.einsum('BTD,BTF->DF', x_BTD, grad_up_BTF),
+    jnp.einsum('BTD,BTF->DF', pull_BTD, h_BTF).T,
+  )
+
+
+_swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
+
+
+def _gate(gate, up):
+  return nn.silu(gate) * up
