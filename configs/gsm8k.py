@@ -4,8 +4,8 @@
       --config.data.paths="('…/gsm8k/train.jsonl',)" --workdir=runs/gsm8k
 
 Data: train.jsonl of GSM8K (https://github.com/openai/grade-school-math, MIT
-licence), one object with `question` and `answer` per line. For another file:
-such as --config.data.template='{text}' for objects with a `text`.
+licence), one object with `question` and `answer` per line. For
+objects with a `text` instead: --config.data.template='{text}'.
 
 The demo's model and tokenizer, which spells this text nearly byte by byte. In
 150 steps, a minute on 2 CPU cores, held-out bits per byte fall from 4.6 (step

@@ -94,7 +94,7 @@ def find_template(
     if _TEMPLATE.value == 'auto':
       return origin.find_template(_WORKDIR.value, model, tokenizer)
     chat_templates.find(_TEMPLATE.value)
-  except (ValueError, config_lib.UserError) as e:
+  except ValueError as e:
     raise config_lib.UserError(f'--template: {e}') from e
   return _TEMPLATE.value
 

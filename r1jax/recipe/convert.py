@@ -67,12 +67,11 @@ def to_workdir(
       checkpoints.save(0, state, {})
     if is_owner:
       _copy_tokenizer(pathlib.Path(folder), unfinished / 'tokenizer')
-    values = huggingface.read_config(pathlib.Path(folder))
     resolved = {
       'model': config_lib.to_dict(model),
       'tokenizer': 'tokenizer',  # In the workdir, wherever that is moved.
       'from_hf': os.path.abspath(folder),
-      'token_ids': {key: values[key] for key in _TOKEN_IDS if key in values},
+      'token_ids': _token_ids_of(folder),
     }
     workdir_lib.prepare(unfinished, resolved)
 
@@ -137,14 +136,19 @@ def to_huggingface(
 def _token_ids(source: str, tokenizer: str) -> dict[str, Any]:
   """Where documents begin and end, as config.json says it."""
   if huggingface.is_checkpoint(source):
-    values = huggingface.read_config(pathlib.Path(source))
-    return {key: values[key] for key in _TOKEN_IDS if key in values}
+    return _token_ids_of(source)
   kept = origin.read_config(source).get('token_ids')
   if kept is not None:
     return kept
   found = hf_tokenizer.load_tokenizer(tokenizer)
   ids = found.bos_id, found.eos_id, found.pad_id
   return dict(zip(_TOKEN_IDS, ids, strict=True))
+
+
+def _token_ids_of(folder: str | os.PathLike[str]) -> dict[str, Any]:
+  """Those that a Hugging Face folder's config.json has."""
+  values = huggingface.read_config(pathlib.Path(folder))
+  return {key: values[key] for key in _TOKEN_IDS if key in values}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,9 +252,7 @@ def _copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
   # Where generation stops may stand beside the model's sizes only.
   generation = target / 'generation_config.json'
   if not generation.exists() and (source / 'config.json').exists():
-    values = huggingface.read_config(source)
-    ids = {
-      key: values[key] for key in _TOKEN_IDS if values.get(key) is not None
-    }
+    found = _token_ids_of(source).items()
+    ids = {key: value for key, value in found if value is not None}
     if ids:
       generation.write_text(json.dumps(ids, indent=2) + '\n')
