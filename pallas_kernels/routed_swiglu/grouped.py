@@ -18,12 +18,13 @@ def routed_swiglu(
   down_EFD: jax.Array,
   *,
   block: int,
+  mean_choices: int,
+  max_choices: int,
 ) -> jax.Array:
   """See ops.routed_swiglu; each expert has whole blocks of rows."""
-  T, K = expert_TK.shape
   E = gate_EDF.shape[0]
   layout, expert_of_block = layout_lib.contiguous(
-    expert_TK, E, min(block, max(T * K // E, 1))
+    expert_TK, E, min(block, max(mean_choices // E, 1)), max_choices
   )
   matmul = functools.partial(
     grouped_matmul_ops.grouped_matmul, group_of_block=expert_of_block

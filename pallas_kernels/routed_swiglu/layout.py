@@ -47,26 +47,35 @@ class Tail:
 
 
 def contiguous(
-  expert_TK: jax.Array, num_experts: int, block: int
+  expert_TK: jax.Array,
+  num_experts: int,
+  block: int,
+  max_choices: int | None = None,
 ) -> tuple[Layout, jax.Array]:
   """Contiguous layout (DeepGEMM's): each expert has whole blocks of rows.
 
-  At most T · K + E · (block - 1) rows, rounded to whole blocks: exact at any
-  skew.
+  max_choices + E · (block - 1) rows, rounded to whole blocks: exact at any
+  skew of so many choices.
 
   Args:
-    expert_TK: int32 [T, K] expert of each choice.
+    expert_TK: int32 [T, K] expert of each choice, E for none.
     num_experts: E.
     block: Rows a block.
+    max_choices: Choices there may be; T · K if None.
 
   Returns:
     The layout, and int32 [m / block] the expert of each block.
   """
   T, K = expert_TK.shape
-  num_blocks = (T * K + num_experts * (block - 1)) // block
+  num_blocks = ((max_choices or T * K) + num_experts * (block - 1)) // block
   rank_r, count_E = _ranks(expert_TK, num_experts)
   start_E, end_E = _spans(-(-count_E // block))
-  slot_r = start_E[expert_TK.reshape(-1)] * block + rank_r
+  expert_r = expert_TK.reshape(-1)
+  slot_r = jnp.where(
+    expert_r < num_experts,
+    start_E[expert_r] * block + rank_r,
+    num_blocks * block,
+  )
   return (
     _layout(slot_r.reshape(T, K), num_blocks * block),
     _expert_of_block(end_E, num_blocks),
@@ -74,15 +83,20 @@ def contiguous(
 
 
 def head_and_tail(
-  expert_TK: jax.Array, num_experts: int, head: int, block: int
+  expert_TK: jax.Array,
+  num_experts: int,
+  head: int,
+  block: int,
+  max_choices: int | None = None,
 ) -> tuple[Layout, Tail]:
   """The first choices of each expert in equal shares, the rest in blocks.
 
   Args:
-    expert_TK: int32 [T, K] expert of each choice.
+    expert_TK: int32 [T, K] expert of each choice, E for none.
     num_experts: E.
     head: Rows of each expert in the layout.
     block: Rows of a block of the tail.
+    max_choices: Choices there may be; T · K if None.
 
   Returns:
     A layout of E · head rows, and the choices that it has no row for.
@@ -90,23 +104,28 @@ def head_and_tail(
   T, K = expert_TK.shape
   expert_r = expert_TK.reshape(-1)
   rank_r, count_E = _ranks(expert_TK, num_experts)
+  is_choice_r = expert_r < num_experts
   slot_r = jnp.where(
-    rank_r < head, expert_r * head + rank_r, num_experts * head
+    is_choice_r & (rank_r < head),
+    expert_r * head + rank_r,
+    num_experts * head,
   )
   layout = _layout(slot_r.reshape(T, K), num_experts * head)
 
   start_E, end_E = _spans(-(-jnp.maximum(count_E - head, 0) // block))
-  num_blocks = (T * K + num_experts * (block - 1)) // block  # Enough.
+  num_blocks = (
+    (max_choices or T * K) + num_experts * (block - 1)
+  ) // block  # Enough.
   place_r = jnp.where(
-    rank_r < head,
-    num_blocks * block,
+    is_choice_r & (rank_r >= head),
     start_E[expert_r] * block + rank_r - head,
+    num_blocks * block,
   )
   choice_n = _inverse(place_r, num_blocks * block)
   return layout, Tail(
     choice_nb=choice_n.reshape(num_blocks, block),
     expert_n=_expert_of_block(end_E, num_blocks),
-    num_blocks=end_E[-1],
+    num_blocks=jnp.minimum(end_E[-1], num_blocks),
   )
 
 

@@ -17,6 +17,8 @@ def routed_swiglu(
   *,
   block: int,
   implementation: str,
+  mean_choices: int | None = None,
+  max_choices: int | None = None,
 ) -> jax.Array:
   """Sends each token through its experts: dropless, exact at any skew.
 
@@ -25,7 +27,8 @@ def routed_swiglu(
 
   Args:
     x_TD: [T, D] tokens.
-    expert_TK: int32 [T, K], values in [0, E), K different ones a token.
+    expert_TK: int32 [T, K], values in [0, E), different ones for a token; E
+      for a choice that counts for nothing.
     weight_TK: [T, K].
     gate_EDF: [E, D, F].
     up_EDF: [E, D, F].
@@ -33,6 +36,9 @@ def routed_swiglu(
     block: Rows that are worked off together; cost only.
     implementation: 'xla' (for a CPU), 'grouped' (contiguous layout through
       grouped_matmul, for accelerators) or 'reference'.
+    mean_choices: How many choices below E to expect; cost only. T · K if None.
+    max_choices: How many there may be; T · K if None. Those beyond may be left
+      out, the busiest experts' last ones.
 
   Returns:
     [T, D] in the dtype of x.
@@ -43,11 +49,23 @@ def routed_swiglu(
   if block < 1:
     raise ValueError(f'block={block} must be at least 1')
   args = (x_TD, expert_TK, weight_TK, gate_EDF, up_EDF, down_EFD)
+  mean_choices = mean_choices or expert_TK.size
+  max_choices = max_choices or expert_TK.size
   match implementation:
     case 'xla':
-      return xla.routed_swiglu(*args, block=block)
+      return xla.routed_swiglu(
+        *args,
+        block=block,
+        mean_choices=mean_choices,
+        max_choices=max_choices,
+      )
     case 'grouped':
-      return grouped.routed_swiglu(*args, block=block)
+      return grouped.routed_swiglu(
+        *args,
+        block=block,
+        mean_choices=mean_choices,
+        max_choices=max_choices,
+      )
     case 'reference':
       return reference.routed_swiglu(*args).astype(x_TD.dtype)
   raise ValueError(

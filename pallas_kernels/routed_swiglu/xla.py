@@ -32,12 +32,15 @@ def routed_swiglu(
   down_EFD: jax.Array,
   *,
   block: int,
+  mean_choices: int,
+  max_choices: int,
 ) -> jax.Array:
   """See ops.routed_swiglu; `block` rows of the tail make a turn."""
-  T, K = expert_TK.shape
-  E = gate_EDF.shape[0]
-  head = min(T, max(math.ceil(_HEAD_SHARE * T * K / E), _SMALL_HEAD))
-  layout, tail = layout_lib.head_and_tail(expert_TK, E, head, block)
+  T, E = len(x_TD), len(gate_EDF)
+  head = min(T, max(math.ceil(_HEAD_SHARE * mean_choices / E), _SMALL_HEAD))
+  layout, tail = layout_lib.head_and_tail(
+    expert_TK, E, head, block, max_choices
+  )
   return _run(
     x_TD,
     weight_TK,

@@ -332,9 +332,9 @@ def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
 def _shardings(
   config: model_config.ModelConfig, mesh: jax.sharding.Mesh | None
 ) -> Any:
-  boxed = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
   if mesh is not None:
-    return sharding.tree_shardings(mesh, boxed)
+    return transformer.shardings(config, mesh)
+  boxed = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
   one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   return jax.tree.map(lambda _: one, sharding.unbox(boxed))
 

@@ -1,5 +1,8 @@
 """Log-probabilities of tokens without [B, T, V] logits, and their loss."""
 
+import dataclasses
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -7,9 +10,54 @@ import jax.numpy as jnp
 _CHUNK_LOGITS = 2**27
 
 
+def _same(x: jax.Array) -> jax.Array:
+  return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+  """The output projection, or some columns of it and what joins them.
+
+  Attributes:
+    w_DV: Its columns on this device.
+    first: Number of the first of them.
+    spread: What each device scores with its columns: [X, …] of its own tokens
+      to those of all devices that share the head, [n X, …].
+    total: Sums over all columns, [n X] -> [X].
+    largest: The largest over all columns, of constants, [n X] -> [n X].
+    join: What was scored of own tokens, [n X, V here] -> [X, V]; a constant.
+    own_length: The part of rows [B, T] whose hidden states are here.
+    join_length: The whole rows of what each device scored a part of.
+  """
+
+  w_DV: jax.Array
+  first: int | jax.Array = 0
+  spread: Callable[[jax.Array], jax.Array] = _same
+  total: Callable[[jax.Array], jax.Array] = _same
+  largest: Callable[[jax.Array], jax.Array] = _same
+  join: Callable[[jax.Array], jax.Array] = _same
+  own_length: Callable[[jax.Array], jax.Array] = _same
+  join_length: Callable[[jax.Array], jax.Array] = _same
+
+  def own_logits(self, hidden_XD: jax.Array) -> jax.Array:
+    """Float32 logits of this device's columns, [n X, V here]."""
+    return jnp.einsum(
+      'XD,DV->XV',
+      self.spread(hidden_XD),
+      self.w_DV.astype(hidden_XD.dtype),
+      preferred_element_type=jnp.float32,
+    )
+
+  def logits(self, hidden: jax.Array) -> jax.Array:
+    """Float32 logits, [..., D] -> [..., V]."""
+    hidden_XD = hidden.reshape(-1, hidden.shape[-1])
+    logits_XV = self.join(self.own_logits(hidden_XD))
+    return logits_XV.reshape(*hidden.shape[:-1], -1)
+
+
 def token_logp(
   hidden_BTD: jax.Array,
-  head_DV: jax.Array,
+  head: Head,
   targets_BT: jax.Array,
   *,
   temperature: float = 1.0,
@@ -23,8 +71,8 @@ def token_logp(
 
   Args:
     hidden_BTD: Final hidden states.
-    head_DV: Output projection.
-    targets_BT: int32, the token to score at each position.
+    head: Output projection.
+    targets_BT: int32, the token to score at each position of whole rows.
     temperature: τ > 0.
     chunk: Tokens whose logits exist at once; by default what 512 MiB hold.
 
@@ -32,26 +80,26 @@ def token_logp(
     logp_BT (nats, float32) and entropy_BT (nats, no gradient).
   """
   B, T, D = hidden_BTD.shape
-  head_DV = head_DV.astype(hidden_BTD.dtype)
+  targets_BT = head.own_length(targets_BT)
 
   def score(hidden_XD, target_X):
-    logits_XV = jnp.einsum(
-      'XD,DV->XV', hidden_XD, head_DV, preferred_element_type=jnp.float32
-    )
-    logits_XV = logits_XV / temperature
-    logits_XV -= jax.lax.stop_gradient(logits_XV.max(-1, keepdims=True))
-    lse_X = jnp.log(jnp.exp(logits_XV).sum(-1))
+    logits_XV = head.own_logits(hidden_XD) / temperature
+    top_X = head.largest(jax.lax.stop_gradient(logits_XV.max(-1)))
+    logits_XV -= top_X[:, None]
+    exp_XV = jnp.exp(logits_XV)
+    sum_X = head.total(exp_XV.sum(-1))
     # A masked sum, not a gather: its gradient is no scatter.
-    hit_XV = jnp.arange(logits_XV.shape[-1]) == target_X[:, None]
-    logp_X = jnp.where(hit_XV, logits_XV, 0.0).sum(-1) - lse_X
-    free_XV = jax.lax.stop_gradient(logits_XV - lse_X[:, None])
-    entropy_X = -jnp.sum(jnp.exp(free_XV) * free_XV, axis=-1)
-    return logp_X, entropy_X
+    column_V = head.first + jnp.arange(logits_XV.shape[-1])
+    hit_XV = column_V == head.spread(target_X)[:, None]
+    hit_X = head.total(jnp.where(hit_XV, logits_XV, 0.0).sum(-1))
+    mean_X = head.total((exp_XV * logits_XV).sum(-1)) / sum_X
+    entropy_X = jax.lax.stop_gradient(jnp.log(sum_X) - mean_X)
+    return hit_X - jnp.log(sum_X), entropy_X
 
   num_tokens = B * T
   hidden_XD = hidden_BTD.reshape(num_tokens, D)
   target_X = targets_BT.reshape(num_tokens)
-  chunk = chunk or max(_CHUNK_LOGITS // head_DV.shape[1], 1)
+  chunk = chunk or max(_CHUNK_LOGITS // head.w_DV.shape[1], 1)
   if num_tokens <= chunk:
     logp, entropy = score(hidden_XD, target_X)
   else:
@@ -64,7 +112,8 @@ def token_logp(
     )
     logp = logp.reshape(-1)[:num_tokens]
     entropy = entropy.reshape(-1)[:num_tokens]
-  return logp.reshape(B, T), entropy.reshape(B, T)
+  whole = lambda x: head.join_length(x.reshape(B, T))
+  return whole(logp), whole(entropy)
 
 
 def shifted(targets_BT: jax.Array, depth: int) -> jax.Array:
@@ -75,7 +124,7 @@ def shifted(targets_BT: jax.Array, depth: int) -> jax.Array:
 
 def next_token_logp(
   hidden_BTD: jax.Array,
-  head_DV: jax.Array,
+  head: Head,
   tokens_BT: jax.Array,
   *,
   temperature: float = 1.0,
@@ -85,7 +134,7 @@ def next_token_logp(
   Column 0, which nothing predicts, is 0. See `token_logp`.
   """
   logp_BT, entropy_BT = token_logp(
-    hidden_BTD, head_DV, shifted(tokens_BT, 1), temperature=temperature
+    hidden_BTD, head, shifted(tokens_BT, 1), temperature=temperature
   )
   back = lambda x_BT: jnp.pad(x_BT, ((0, 0), (1, 0)))[:, :-1]
   return back(logp_BT), back(entropy_BT)

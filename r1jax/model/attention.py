@@ -5,6 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from r1jax.parallel import sharding
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +31,16 @@ class Mode:
   Attributes:
     decode: Attend to everything in the cache, else to this call's tokens.
     indexer_loss: Return what sparse attention's indexers have to learn.
+    split_length: Each device of `context` has a part of every row.
   """
 
   decode: bool = False
   indexer_loss: bool = False
+  split_length: bool = False
+
+  def all_keys(self, x_BT: jax.Array) -> jax.Array:
+    """What queries attend to, [B, S, …], of this device's tokens."""
+    return sharding.gather_length(x_BT) if self.split_length else x_BT
 
 
 def attention_mask(

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from r1jax.model import attention, gqa, layers, mla, moe
 from r1jax.model import cache as cache_lib
 from r1jax.model import config as model_config
-from r1jax.parallel import sharding
 
 
 @jax.tree_util.register_dataclass
@@ -58,7 +57,6 @@ class Block(nn.Module):
         ffn = layers.SwiGlu(c.dense_dim, c.init_std, dtype, name='ffn')
         out_BTD = ffn(h_BTD)
       x_BTD += out_BTD
-    x_BTD = sharding.constrain(x_BTD, ('batch', 'length', 'act_embed'))
     return x_BTD, cache, BlockMetrics(metrics, indexer_BT)
 
   def _attention(self) -> nn.Module:

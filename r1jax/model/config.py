@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import Literal
 
 from pallas_kernels.routed_swiglu import ops as routed_swiglu_ops
 from r1jax import config as config_lib
@@ -228,6 +229,36 @@ class GqaConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExchangeConfig:
+  """How tokens travel between devices that hold different experts.
+
+  Attributes:
+    kind: 'padded' (everywhere) or 'ragged' (TPU).
+    receive_factor: What a device has room for: 'worst' for any skew, or so
+      many times what arrives when all get the same.
+    on_overflow: What happens beyond it: 'stop' the run, or 'drop' tokens.
+    fp8: Tokens travel in FP8, one scale for 128 values; sums come back in the
+      compute dtype, as does the gradient.
+  """
+
+  kind: Literal['padded', 'ragged'] = 'padded'
+  receive_factor: Literal['worst'] | float = 'worst'
+  on_overflow: Literal['stop', 'drop'] = 'stop'
+  fp8: bool = False
+
+  def __post_init__(self):
+    if self.receive_factor != 'worst':
+      config_lib.check_positive(self, 'receive_factor')
+    for name, valid in (
+      ('kind', ('padded', 'ragged')),
+      ('on_overflow', ('stop', 'drop')),
+    ):
+      value = getattr(self, name)
+      if value not in valid:
+        raise ValueError(f'{name}={value!r}, it must be one of {valid}')
+
+
+@dataclasses.dataclass(frozen=True)
 class MoeConfig:
   """DeepSeekMoE.
 
@@ -246,6 +277,7 @@ class MoeConfig:
     block: Rows of one expert that are worked off together.
     implementation: Of pallas_kernels.routed_swiglu: 'xla' on a CPU, 'grouped'
       on an accelerator.
+    exchange: With experts on several devices.
   """
 
   num_experts: int
@@ -261,6 +293,7 @@ class MoeConfig:
   has_bias: bool = True
   block: int = 32
   implementation: str = 'xla'
+  exchange: ExchangeConfig = ExchangeConfig()
 
   def __post_init__(self):
     config_lib.check_at_least(self, 1, 'expert_dim', 'block')

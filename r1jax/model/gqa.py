@@ -43,11 +43,14 @@ class Gqa(nn.Module):
     """
     c = self.config
     D, H, G, Q = x_BTD.shape[-1], c.num_heads, c.num_kv_heads, c.head_dim
+    x_BTD = sharding.fan_out(x_BTD)
     q_BTHQ = self._project(x_BTD, 'q', H, 'heads')
     k_BTGQ = self._project(x_BTD, 'k', G, 'kv_heads')
     v_BTGQ = self._project(x_BTD, 'v', G, 'kv_heads')
     if c.qk_norm:
-      norm = functools.partial(layers.RmsNorm, self.norm_eps, self.dtype)
+      norm = functools.partial(
+        layers.RmsNorm, self.norm_eps, self.dtype, fanned_out=True
+      )
       q_BTHQ, k_BTGQ = norm(name='q_norm')(q_BTHQ), norm(name='k_norm')(k_BTGQ)
     cos, sin = (x[:, :, None] for x in context.cos_sin)
     rotate = functools.partial(rope.rotate, interleaved=c.rope.interleaved)
@@ -57,30 +60,38 @@ class Gqa(nn.Module):
       cache = cache.append(layer, {'key': k_BTGQ, 'value': v_BTGQ})
     if mode.decode:
       past = cache.read(layer)
-      k_BTGQ, v_BTGQ = past['key'], past['value']
+      k_BSGQ, v_BSGQ = past['key'], past['value']
+    else:
+      k_BSGQ, v_BSGQ = mode.all_keys(k_BTGQ), mode.all_keys(v_BTGQ)
     o_BTHQ = grouped(
-      q_BTHQ, k_BTGQ, v_BTGQ, context.mask_BTS, scale=c.softmax_scale
+      q_BTHQ, k_BSGQ, v_BSGQ, context.mask_BTS, scale=c.softmax_scale
     )
     out_HQD = sharding.param(
-      self, 'out', (H, Q, D), ('heads', None, 'embed'), std=self.init_std
+      self,
+      'out',
+      (H, Q, D),
+      ('heads', None, 'embed'),
+      std=self.init_std,
+      dtype=self.dtype,
     )
-    out_BTD = jnp.einsum('BTHQ,HQD->BTD', o_BTHQ, out_HQD.astype(self.dtype))
-    return out_BTD, cache, None
+    out_BTD = jnp.einsum('BTHQ,HQD->BTD', o_BTHQ, out_HQD)
+    return sharding.fan_in(out_BTD), cache, None
 
   def _project(self, x_BTD, name, num_heads, axis):
     """x times the matrix of so many heads, and the bias if there are any."""
-    c, param = self.config, functools.partial(sharding.param, self)
+    c = self.config
+    param = functools.partial(sharding.param, self, dtype=self.dtype)
     w_DHQ = param(
       f'{name}_proj',
       (x_BTD.shape[-1], num_heads, c.head_dim),
       ('embed', axis, None),
       std=self.init_std,
     )
-    out_BTHQ = jnp.einsum('BTD,DHQ->BTHQ', x_BTD, w_DHQ.astype(self.dtype))
+    out_BTHQ = jnp.einsum('BTD,DHQ->BTHQ', x_BTD, w_DHQ)
     if c.qkv_bias:
       shape = (num_heads, c.head_dim)
       bias_HQ = param(f'{name}_bias', shape, (axis, None), std=0.0)
-      out_BTHQ += bias_HQ.astype(self.dtype)
+      out_BTHQ += bias_HQ
     return out_BTHQ
 
 

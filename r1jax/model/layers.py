@@ -13,14 +13,22 @@ class RmsNorm(nn.Module):
   """x / rms(x) · scale, in float32 inside.
 
   Source: Zhang & Sennrich, arXiv:1910.07467.
+
+  Attributes:
+    eps: Added to the mean square.
+    dtype: Of the result.
+    fanned_out: x is another one on each device of the mesh axis `tensor`.
   """
 
   eps: float
   dtype: jnp.dtype
+  fanned_out: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     scale_D = sharding.param(self, 'scale', x.shape[-1:], (None,), std=None)
+    if self.fanned_out:
+      scale_D = sharding.fan_out(scale_D)
     x32 = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(
       jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps
@@ -63,14 +71,14 @@ class SwiGlu(nn.Module):
   @nn.compact
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     D, F = x_BTD.shape[-1], self.hidden_dim
-    param = functools.partial(sharding.param, self, std=self.init_std)
+    param = functools.partial(
+      sharding.param, self, std=self.init_std, dtype=self.dtype
+    )
     gate_DF = param('gate', (D, F), ('embed', 'mlp'))
     up_DF = param('up', (D, F), ('embed', 'mlp'))
     down_FD = param('down', (F, D), ('mlp', 'embed'))
-    x_BTD, gate_DF, up_DF, down_FD = nn.dtypes.promote_dtype(
-      x_BTD, gate_DF, up_DF, down_FD, dtype=self.dtype
-    )
-    return _swiglu(x_BTD, gate_DF, up_DF, down_FD)
+    x_BTD = sharding.fan_out(x_BTD.astype(self.dtype))
+    return sharding.fan_in(_swiglu(x_BTD, gate_DF, up_DF, down_FD))
 
 
 @jax.custom_vjp

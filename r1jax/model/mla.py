@@ -54,31 +54,30 @@ class Mla(nn.Module):
     """
     c = self.config
     D, H, C, N = x_BTD.shape[-1], c.num_heads, c.kv_lora_rank, c.nope_head_dim
-    param = functools.partial(sharding.param, self, std=self.init_std)
+    param = functools.partial(
+      sharding.param, self, std=self.init_std, dtype=self.dtype
+    )
     norm = functools.partial(layers.RmsNorm, c.norm_eps, self.dtype)
     rotate = functools.partial(rope.rotate, interleaved=c.rope.interleaved)
-    cast = lambda w: w.astype(self.dtype)
     cos_BTR, sin_BTR = context.cos_sin
 
     q_BTA, q_in = x_BTD, 'embed'
     if c.q_lora_rank is not None:
       q_down_DA = param('q_down', (D, c.q_lora_rank), ('embed', 'latent'))
-      q_BTA = norm(name='q_norm')(
-        jnp.einsum('BTD,DA->BTA', x_BTD, cast(q_down_DA))
-      )
+      q_BTA = norm(name='q_norm')(jnp.einsum('BTD,DA->BTA', x_BTD, q_down_DA))
       q_in = 'latent'
     q_up_AHQ = param(
       'q_up',
       (q_BTA.shape[-1], H, N + c.rope_head_dim),
       (q_in, 'heads', None),
     )
-    q_BTHQ = jnp.einsum('BTA,AHQ->BTHQ', q_BTA, cast(q_up_AHQ))
+    q_BTHQ = jnp.einsum('BTA,AHQ->BTHQ', sharding.fan_out(q_BTA), q_up_AHQ)
     q_nope_BTHN, q_rope_BTHR = jnp.split(q_BTHQ, [N], axis=-1)
     q_rope_BTHR = rotate(q_rope_BTHR, cos_BTR[:, :, None], sin_BTR[:, :, None])
 
     kv_down_DC = param('kv_down', (D, C + c.rope_head_dim), ('embed', 'latent'))
     latent_BTC, k_rope_BTR = jnp.split(
-      jnp.einsum('BTD,DC->BTC', x_BTD, cast(kv_down_DC)), [C], axis=-1
+      jnp.einsum('BTD,DC->BTC', x_BTD, kv_down_DC), [C], axis=-1
     )
     latent_BTC = norm(name='kv_norm')(latent_BTC)
     k_rope_BTR = rotate(k_rope_BTR, cos_BTR, sin_BTR)
@@ -86,6 +85,7 @@ class Mla(nn.Module):
     v_up_CHU = param('v_up', (C, H, c.v_head_dim), ('latent', 'heads', None))
     out_HUD = param('out', (H, c.v_head_dim, D), ('heads', None, 'embed'))
 
+    latent_BTC, k_rope_BTR = sharding.fan_out((latent_BTC, k_rope_BTR))
     entry = {'latent': jnp.concatenate([latent_BTC, k_rope_BTR], axis=-1)}
     index = None
     if c.indexer is not None:
@@ -100,7 +100,7 @@ class Mla(nn.Module):
     learned_BT = None
     if mode.decode:
       past = cache.read(layer)
-      q_BTHC = jnp.einsum('BTHN,CHN->BTHC', q_nope_BTHN, cast(k_up_CHN))
+      q_BTHC = jnp.einsum('BTHN,CHN->BTHC', q_nope_BTHN, k_up_CHN)
       q_BTHC = jnp.concatenate([q_BTHC, q_rope_BTHR], axis=-1)
       attend = functools.partial(absorbed, scale=c.softmax_scale)
       if index is not None and not c.indexer.dense:
@@ -110,32 +110,43 @@ class Mla(nn.Module):
           c.indexer.top_k,
         )
       o_BTHC = attend(q_BTHC, past['latent'], context.mask_BTS)
-      o_BTHU = jnp.einsum('BTHC,CHU->BTHU', o_BTHC[..., :C], cast(v_up_CHU))
+      o_BTHU = jnp.einsum('BTHC,CHU->BTHU', o_BTHC[..., :C], v_up_CHU)
     else:
-      k_BSHN = jnp.einsum('BTC,CHN->BTHN', latent_BTC, cast(k_up_CHN))
-      v_BSHU = jnp.einsum('BTC,CHU->BTHU', latent_BTC, cast(v_up_CHU))
+      # The latents travel, not the keys and values of all heads.
+      latent_BSC = mode.all_keys(latent_BTC)
+      k_rope_BSR = mode.all_keys(k_rope_BTR)
+      k_BSHN = jnp.einsum('BSC,CHN->BSHN', latent_BSC, k_up_CHN)
+      v_BSHU = jnp.einsum('BSC,CHU->BSHU', latent_BSC, v_up_CHU)
       score_BHTS = scores(
         jnp.concatenate([q_nope_BTHN, q_rope_BTHR], axis=-1),
         jnp.concatenate(
-          [k_BSHN, jnp.broadcast_to(k_rope_BTR[:, :, None], q_rope_BTHR.shape)],
+          [
+            k_BSHN,
+            jnp.broadcast_to(
+              k_rope_BSR[:, :, None], (*k_BSHN.shape[:3], c.rope_head_dim)
+            ),
+          ],
           axis=-1,
         ),
         scale=c.softmax_scale,
       )
       mask_BTS = context.mask_BTS
       if index is not None:
+        index = dataclasses.replace(index, k_BSI=mode.all_keys(index.k_BSI))
         index_BTS = index.scores()
         if not c.indexer.dense:
           mask_BTS = sparse.selected(index_BTS, mask_BTS, c.indexer.top_k)
         if mode.indexer_loss:
           learned_BT = sparse.divergence(
-            attention.mean_probability(score_BHTS, mask_BTS),
+            sharding.mean_tensor(
+              attention.mean_probability(score_BHTS, mask_BTS)
+            ),
             index_BTS,
             mask_BTS,
           )
       o_BTHU = attention.attend(score_BHTS, mask_BTS, v_BSHU, 'BHTS,BSHU->BTHU')
-    out_BTD = jnp.einsum('BTHU,HUD->BTD', o_BTHU, cast(out_HUD))
-    return out_BTD, cache, learned_BT
+    out_BTD = jnp.einsum('BTHU,HUD->BTD', o_BTHU, out_HUD)
+    return sharding.fan_in(out_BTD), cache, learned_BT
 
 
 def scores(q_BTHQ: jax.Array, k_BSHQ: jax.Array, *, scale: float) -> jax.Array:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from pallas_kernels.routed_swiglu import ops as routed_swiglu_ops
 from r1jax.model import config as model_config
 from r1jax.model import layers, router
+from r1jax.parallel import expert as expert_parallel
 from r1jax.parallel import sharding
 
 
@@ -21,10 +22,13 @@ class MoeMetrics:
   Attributes:
     counts_BE: float32 choices per expert over the real tokens of each row.
     balance_B: float32 sequence-wise balance loss of each row, before α.
+    overflow: float32 choices that this device sent or received no room for,
+      0 where all experts are on one device.
   """
 
   counts_BE: jax.Array
   balance_B: jax.Array
+  overflow: jax.Array
 
   @property
   def counts_E(self) -> jax.Array:
@@ -51,6 +55,7 @@ class Moe(nn.Module):
     D, E, F = x_BTD.shape[-1], c.num_experts, c.expert_dim
     param = functools.partial(sharding.param, self, std=self.init_std)
     router_DE = param('router', (D, E), ('embed', None))
+    param = functools.partial(param, dtype=self.dtype)
     gate_EDF = param('gate', (E, D, F), ('experts', 'embed', 'mlp'))
     up_EDF = param('up', (E, D, F), ('experts', 'embed', 'mlp'))
     down_EFD = param('down', (E, F, D), ('experts', 'mlp', 'embed'))
@@ -67,23 +72,23 @@ class Moe(nn.Module):
         router_DE,
         precision=jax.lax.Precision.HIGHEST,
       )
-      # By hand: XLA gathers all tokens on every device to sort them.
-      expert_BTK, weight_BTK, metrics = sharding.per_shard_here(
-        functools.partial(_route, config=c), (True, True, False)
-      )(logits_BTE, keep_BT, bias_E)
+      score_BTE = router.scores(logits_BTE, c.score)
+      expert_BTK, weight_BTK = router.route(score_BTE, bias_E, config=c)
     with jax.named_scope('experts'):
-      weights = (gate_EDF, up_EDF, down_EFD)
-      out_BTD = sharding.per_shard_here(
-        functools.partial(
-          _run_experts, block=c.block, implementation=c.implementation
-        ),
-        (True, True, True, False),
-      )(
-        x_BTD,
-        expert_BTK,
-        weight_BTK.astype(self.dtype),
-        tuple(w.astype(self.dtype) for w in weights),
+      flat = lambda a: a.reshape(-1, a.shape[-1])
+      out_TD, overflow = _run_experts(
+        flat(sharding.fan_out(x_BTD)),
+        flat(expert_BTK),
+        flat(sharding.fan_out(weight_BTK)),
+        (gate_EDF, up_EDF, down_EFD),
+        c,
       )
+      out_BTD = sharding.fan_in(out_TD).reshape(x_BTD.shape)
+    metrics = MoeMetrics(
+      counts_BE=router.counts(expert_BTK, keep_BT, E),
+      balance_B=router.sequence_balance(score_BTE, keep_BT, top_k=c.top_k),
+      overflow=sharding.sum_length(overflow),
+    )
     if c.num_shared:
       shared = layers.SwiGlu(
         c.num_shared * F, self.init_std, self.dtype, name='shared'
@@ -92,21 +97,44 @@ class Moe(nn.Module):
     return out_BTD, metrics
 
 
-def _route(logits_BTE, keep_BT, bias_E, *, config):
-  """Experts, their weights and the metrics of the rows of one device."""
-  score_BTE = router.scores(logits_BTE, config.score)
-  expert_BTK, weight_BTK = router.route(score_BTE, bias_E, config=config)
-  metrics = MoeMetrics(
-    counts_BE=router.counts(expert_BTK, keep_BT, config.num_experts),
-    balance_B=router.sequence_balance(score_BTE, keep_BT, top_k=config.top_k),
-  )
-  return expert_BTK, weight_BTK, metrics
+def _run_experts(x_TD, expert_TK, weight_TK, weights, config):
+  """The routed part on one device: its tokens, or what its experts are sent.
 
-
-def _run_experts(x_BTD, expert_BTK, weight_BTK, weights, **options):
-  """The routed part on the tokens of one device."""
-  flat = lambda a: a.reshape(-1, a.shape[-1])
-  out_TD = routed_swiglu_ops.routed_swiglu(
-    flat(x_BTD), flat(expert_BTK), flat(weight_BTK), *weights, **options
+  Returns the sums [T, D] and the overflow.
+  """
+  c, dtype = config, x_TD.dtype
+  run = functools.partial(
+    routed_swiglu_ops.routed_swiglu,
+    block=c.block,
+    implementation=c.implementation,
   )
-  return out_TD.reshape(x_BTD.shape)
+  num_local = weights[0].shape[0]
+  if num_local == c.num_experts:
+    out_TD = run(x_TD, expert_TK, weight_TK.astype(dtype), *weights)
+    return out_TD, jnp.zeros(())
+  T, K = expert_TK.shape
+  limits = expert_parallel.limits(
+    T,
+    num_ranks=c.num_experts // num_local,
+    num_experts=c.num_experts,
+    top_k=K,
+    num_groups=c.num_groups,
+    top_groups=c.top_groups,
+    receive_factor=c.exchange.receive_factor,
+  )
+  plan = expert_parallel.plan(expert_TK, num_local, limits)
+  x_ND, expert_NK, weight_NK = expert_parallel.send(
+    x_TD, expert_TK, weight_TK, plan, limits, num_local, c.exchange.kind
+  )
+  y_ND = run(
+    x_ND,
+    expert_NK,
+    weight_NK.astype(dtype),
+    *weights,
+    mean_choices=T * K,
+    max_choices=limits.choices,
+  )
+  out_TD = expert_parallel.combine(y_ND, plan, limits, c.exchange.kind)
+  held = (expert_NK < num_local).sum()
+  overflow = plan.dropped + jnp.maximum(held - limits.choices, 0)
+  return out_TD, overflow.astype(jnp.float32)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from r1jax.model import config as model_config
+from r1jax.parallel import sharding
 
 
 def scores(logits: jax.Array, kind: str) -> jax.Array:
@@ -51,7 +52,8 @@ def route(
 def counts(expert_BTK: jax.Array, keep_BT: jax.Array, num_experts: int):
   """Choices per expert over the kept tokens of each row, float32 [B, E]."""
   one_hot = jax.nn.one_hot(expert_BTK, num_experts, dtype=jnp.float32)
-  return jnp.einsum('BTKE,BT->BE', one_hot, keep_BT.astype(jnp.float32))
+  counts_BE = jnp.einsum('BTKE,BT->BE', one_hot, keep_BT.astype(jnp.float32))
+  return sharding.sum_length(counts_BE)
 
 
 def sequence_balance(
@@ -67,15 +69,17 @@ def sequence_balance(
   """
   E = score_BTE.shape[-1]
   keep_BT = keep_BT.astype(jnp.float32)
-  length_B1 = jnp.maximum(keep_BT.sum(1), 1.0)[:, None]
+  # Of whole rows, where devices share them.
+  total = sharding.sum_length
+  length_B1 = jnp.maximum(total(keep_BT.sum(1)), 1.0)[:, None]
   # The K-th largest score as a threshold: the same set as top-k, no scatter.
   raw_BTE = jax.lax.stop_gradient(score_BTE)
   threshold_BT1 = jax.lax.top_k(raw_BTE, top_k)[0][..., -1:]
   chosen_BTE = (raw_BTE >= threshold_BT1).astype(jnp.float32)
-  f_BE = jnp.einsum('BTE,BT->BE', chosen_BTE, keep_BT) / length_B1
+  f_BE = total(jnp.einsum('BTE,BT->BE', chosen_BTE, keep_BT)) / length_B1
   f_BE = f_BE * (E / top_k)
   share_BTE = score_BTE / (score_BTE.sum(-1, keepdims=True) + 1e-20)
-  P_BE = jnp.einsum('BTE,BT->BE', share_BTE, keep_BT) / length_B1
+  P_BE = total(jnp.einsum('BTE,BT->BE', share_BTE, keep_BT)) / length_B1
   return jnp.sum(f_BE * P_BE, axis=-1)
 
 

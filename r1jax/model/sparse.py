@@ -48,7 +48,9 @@ class Index:
       self.k_BSI,
       preferred_element_type=jnp.float32,
     )
-    return jnp.einsum('BTJS,BTJ->BTS', jax.nn.relu(score_BTJS), self.weight_BTJ)
+    return sharding.fan_in(
+      jnp.einsum('BTJS,BTJ->BTS', jax.nn.relu(score_BTJS), self.weight_BTJ)
+    )
 
 
 class Indexer(nn.Module):
@@ -71,15 +73,15 @@ class Indexer(nn.Module):
     x_BTD, latent_BTA = jax.lax.stop_gradient((x_BTD, latent_BTA))
     D, A = x_BTD.shape[-1], latent_BTA.shape[-1]
     param = functools.partial(sharding.param, self, std=self.init_std)
-    q_up_AJI = param('q_up', (A, J, dim), ('latent', 'heads', None))
-    key_DI = param('key', (D, dim), ('embed', None))
+    q_up_AJI = param(
+      'q_up', (A, J, dim), ('latent', 'heads', None), dtype=self.dtype
+    )
+    key_DI = param('key', (D, dim), ('embed', None), dtype=self.dtype)
     weight_DJ = param('weight', (D, J), ('embed', 'heads'))
 
-    q_BTJI = jnp.einsum(
-      'BTA,AJI->BTJI', latent_BTA, q_up_AJI.astype(self.dtype)
-    )
+    q_BTJI = jnp.einsum('BTA,AJI->BTJI', latent_BTA, q_up_AJI)
     k_BTI = layers.LayerNorm(_KEY_NORM_EPS, self.dtype, name='key_norm')(
-      jnp.einsum('BTD,DI->BTI', x_BTD, key_DI.astype(self.dtype))
+      jnp.einsum('BTD,DI->BTI', x_BTD, key_DI)
     )
     weight_BTJ = jnp.einsum(
       'BTD,DJ->BTJ',
@@ -89,7 +91,7 @@ class Indexer(nn.Module):
     )
     return Index(
       q_BTJI=_rotate_first(q_BTJI, cos_BTR[:, :, None], sin_BTR[:, :, None]),
-      k_BSI=_rotate_first(k_BTI, cos_BTR, sin_BTR),
+      k_BSI=sharding.fan_out(_rotate_first(k_BTI, cos_BTR, sin_BTR)),
       weight_BTJ=weight_BTJ * (J * dim) ** -0.5,
     )
 

@@ -1,18 +1,23 @@
 """The one transformer: embedding, dense then MoE blocks, norm, head, MTP."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from r1jax.losses import token
 from r1jax.model import attention, layers, moe, rope
 from r1jax.model import block as block_lib
 from r1jax.model import cache as cache_lib
 from r1jax.model import config as model_config
 from r1jax.model import router as router_lib
 from r1jax.parallel import sharding
+
+_EMBEDDING_AXES = ('vocab', 'embed')
+_HEAD_AXES = (None, 'head_vocab')
 
 
 @jax.tree_util.register_dataclass
@@ -61,13 +66,18 @@ class MtpModule(nn.Module):
     norm = lambda name: layers.RmsNorm(c.norm_eps, dtype, name=name)
     D = c.embed_dim
     project_ED = sharding.param(
-      self, 'project', (2 * D, D), (None, 'embed'), std=c.init_std
+      self,
+      'project',
+      (2 * D, D),
+      (None, 'embed'),
+      std=c.init_std,
+      dtype=dtype,
     )
     both_BTE = jnp.concatenate(
       [norm('embed_norm')(embedded_BTD), norm('hidden_norm')(hidden_BTD)],
       axis=-1,
     )
-    x_BTD = jnp.einsum('BTE,ED->BTD', both_BTE, project_ED.astype(dtype))
+    x_BTD = jnp.einsum('BTE,ED->BTD', both_BTE, project_ED)
     block = _block_class(c)(c, c.moe is not None, mode, name='block')
     x_BTD, _, metrics = block(x_BTD, context, None, 0)
     return x_BTD, norm('final_norm')(x_BTD), metrics
@@ -106,7 +116,10 @@ class Transformer(nn.Module):
       ValueError: decode without a cache.
     """
     c = self.config
-    mode = attention.Mode(decode, indexer_loss)
+    # A cache holds whole rows.
+    splits = cache is None and sharding.axis_size('context') > 1
+    mode = attention.Mode(decode, indexer_loss, splits)
+    own = sharding.own_length if splits else lambda x_BT: x_BT
     if decode and cache is None:
       raise ValueError('decode=True needs a cache')
     B, T = tokens_BT.shape
@@ -114,32 +127,23 @@ class Transformer(nn.Module):
       segment_BT = jnp.ones((B, T), jnp.int32)
     if position_BT is None:
       position_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    embedding_VD = sharding.param(
-      self,
-      'embedding',
-      (c.vocab_size, c.embed_dim),
-      ('vocab', 'embed'),
-      std=c.init_std,
-    )
+    V, D = c.vocab_size, c.embed_dim
+    param = functools.partial(sharding.param, self, std=c.init_std, whole=False)
+    embedding = param('embedding', (V, D), _EMBEDDING_AXES)
     if not c.tie_embeddings:
-      sharding.param(
-        self,
-        'head',
-        (c.embed_dim, c.vocab_size),
-        ('embed', 'vocab'),
-        std=c.init_std,
-      )
-    embed = lambda t: jnp.take(embedding_VD, t, axis=0).astype(c.dtype)
+      param('head', (D, V), _HEAD_AXES)
+    embed = lambda t: sharding.look_up(embedding, t, V, D).astype(c.dtype)
     filled = None
     if cache is not None:
       # Slots are taken first: decode attends to its own tokens as well.
       filled = cache.advance(segment_BT, position_BT)
-    context = self._context(segment_BT, position_BT, filled if decode else None)
-
-    x_BTD = sharding.constrain(
-      embed(tokens_BT), ('batch', 'length', 'act_embed')
+    context = self._context(
+      segment_BT, position_BT, filled if decode else None, own
     )
-    x_BTD, cache, metrics = self._run_stacks(x_BTD, context, cache, mode)
+
+    x_BTD, cache, metrics = self._run_stacks(
+      embed(own(tokens_BT)), context, cache, mode
+    )
     hidden_BTD = layers.RmsNorm(c.norm_eps, jnp.dtype(c.dtype), name='norm')(
       x_BTD
     )
@@ -153,7 +157,7 @@ class Transformer(nn.Module):
         ahead_BT = jnp.roll(tokens_BT, -k, axis=1)
         module = MtpModule(c, name=f'mtp_{k}')
         chain_BTD, out_BTD, m = module(
-          chain_BTD, embed(ahead_BT), context, mode
+          chain_BTD, embed(own(ahead_BT)), context, mode
         )
         mtp_hidden.append(out_BTD)
         metrics.append(jax.tree.map(lambda x: x[None], m))
@@ -162,29 +166,29 @@ class Transformer(nn.Module):
       mtp_hidden=tuple(mtp_hidden),
       cache=cache,
       moe=_concatenate([m.moe for m in metrics]),
-      indexer_LBT=_concatenate([m.indexer_BT for m in metrics]),
+      indexer_LBT=_whole_rows(
+        _concatenate([m.indexer_BT for m in metrics]), splits
+      ),
     )
 
   @nn.compact
   def logits(self, tokens_BT: jax.Array, **kwargs: Any) -> jax.Array:
-    """Float32 logits of the next token, [B, T, V]; arguments as __call__."""
+    """Float32 logits of the next token, [B, T, V]; arguments as __call__.
+
+    Of this device's part of the rows where `context` splits them.
+    """
     hidden_BTD = self(tokens_BT, **kwargs).hidden_BTD
     params = self.variables['params']
-    head_DV = head(params, self.config)
-    return jnp.einsum(
-      'BTD,DV->BTV',
-      hidden_BTD,
-      head_DV.astype(hidden_BTD.dtype),
-      preferred_element_type=jnp.float32,
-    )
+    return head(params, self.config).logits(hidden_BTD)
 
-  def _context(self, segment_BT, position_BT, filled):
+  def _context(self, segment_BT, position_BT, filled, own):
     """Rotation and mask, once for all blocks."""
     c = self.config.attention
     if filled is None:
       keys = segment_BT, position_BT
     else:
       keys = filled.segment_BS, filled.position_BS
+    segment_BT, position_BT = own(segment_BT), own(position_BT)
     return attention.Context(
       cos_sin=rope.cos_sin(position_BT, c.rope, c.rotated_dim),
       mask_BTS=attention.attention_mask(segment_BT, position_BT, *keys),
@@ -239,6 +243,12 @@ class Transformer(nn.Module):
     return x_BTD, cache, jax.tree.map(lambda *xs: jnp.stack(xs), *metrics)
 
 
+def _whole_rows(x_LBT: jax.Array | None, splits: bool) -> jax.Array | None:
+  if x_LBT is None or not splits:
+    return x_LBT
+  return jax.vmap(sharding.join_length)(x_LBT)
+
+
 def _concatenate(stacks: list[Any]) -> Any:
   """Joins trees [L, …] of several stacks, without those that are None."""
   stacks = [s for s in stacks if s is not None]
@@ -253,11 +263,13 @@ def _block_class(config: model_config.ModelConfig) -> type[nn.Module]:
   return nn.remat(block_lib.Block, prevent_cse=not config.scan_layers)
 
 
-def head(params: Any, config: model_config.ModelConfig) -> jax.Array:
-  """The output projection, [D, V]."""
+def head(params: Any, config: model_config.ModelConfig) -> token.Head:
+  """The output projection."""
+  V, D = config.vocab_size, config.embed_dim
   if config.tie_embeddings:
-    return params['embedding'].T
-  return params['head']
+    embedding_VD = sharding.gather(params['embedding'], (V, D), _EMBEDDING_AXES)
+    return sharding.share_columns(embedding_VD.T, V)
+  return sharding.share_columns(params['head'], V)
 
 
 def make_cache(
@@ -286,10 +298,19 @@ def init(config: model_config.ModelConfig, key: jax.Array) -> Any:
 
   `sharding.unbox` strips the names, `sharding.tree_shardings` reads them.
   """
-  # A row for each shard of the surrounding mesh, as its shard_maps demand.
-  tokens_BT = jnp.zeros((sharding.num_shards_here(), 2), jnp.int32)
+  tokens_BT = jnp.zeros((1, 2), jnp.int32)
   variables = Transformer(config).init(key, tokens_BT, mtp=True)
   return {'router': {}, **variables}
+
+
+def shardings(config: model_config.ModelConfig, mesh: jax.sharding.Mesh) -> Any:
+  """Where a model's variables lie on a mesh, to be trained.
+
+  Raises:
+    ValueError: As `sharding.tree_shardings`.
+  """
+  boxed = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+  return sharding.tree_shardings(mesh, boxed)
 
 
 def unstack_layers(variables: Any, config: model_config.ModelConfig) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 
 AXES = ('pipe', 'data', 'fsdp', 'context', 'expert', 'tensor')
 
@@ -14,21 +15,42 @@ AXES = ('pipe', 'data', 'fsdp', 'context', 'expert', 'tensor')
 class MeshConfig:
   """Sizes of the mesh axes; one of them may be -1: what devices are left.
 
-  Only `data` and `fsdp` may exceed 1 so far.
+  Attributes:
+    data: Copies of the model, each with rows of its own.
+    fsdp: Devices that share parameters and optimizer state, with rows of
+      their own.
+    pipe: Stages of a pipeline.
+    context: Parts of a sequence.
+    expert: Devices that share the experts, with rows of their own.
+    tensor: Devices that share heads and feed-forward widths.
+    num_slices: Groups of devices with a fast network inside (ICI) and a slow
+      one between them (DCN); divides `data`, which alone crosses it.
   """
 
   data: int = -1
   fsdp: int = 1
+  pipe: int = 1
+  context: int = 1
+  expert: int = 1
+  tensor: int = 1
+  num_slices: int = 1
 
   def __post_init__(self):
-    sizes = (self.data, self.fsdp)
-    if any(s == 0 or s < -1 for s in sizes):
+    sizes = self.sizes
+    wrong = [a for a, s in sizes.items() if s == 0 or s < -1]
+    if wrong:
       raise ValueError(
-        f'data={self.data}, fsdp={self.fsdp}: sizes are >= 1, or -1 for '
-        'what is left'
+        f'{wrong[0]}={sizes[wrong[0]]}: sizes are >= 1, or -1 for what is left'
       )
-    if sizes.count(-1) > 1:
-      raise ValueError('data=-1, fsdp=-1: at most one axis may be -1')
+    rest = [a for a, s in sizes.items() if s == -1]
+    if len(rest) > 1:
+      raise ValueError(f'{"=-1, ".join(rest)}=-1: at most one axis may be -1')
+    if self.num_slices < 1:
+      raise ValueError(f'num_slices={self.num_slices} must be at least 1')
+
+  @property
+  def sizes(self) -> dict[str, int]:
+    return {axis: getattr(self, axis) for axis in AXES}
 
 
 def make_mesh(
@@ -37,19 +59,45 @@ def make_mesh(
   """Lays the devices out on the mesh axes.
 
   Raises:
-    ValueError: The product of the sizes is not the number of devices.
+    ValueError: The product of the sizes is not the number of devices, or
+      `data` is no multiple of num_slices.
   """
   devices = list(jax.devices() if devices is None else devices)
-  sizes = {'data': config.data, 'fsdp': config.fsdp}
+  sizes = config.sizes
   known = math.prod(s for s in sizes.values() if s != -1)
   for axis, size in sizes.items():
     if size == -1:
       sizes[axis] = max(len(devices) // known, 1)
   if math.prod(sizes.values()) != len(devices):
-    raise ValueError(
-      f'mesh data={sizes["data"]} x fsdp={sizes["fsdp"]} needs '
-      f'{math.prod(sizes.values())} devices, there are {len(devices)}; '
-      f'mesh.data=-1 mesh.fsdp=1 would do'
+    shown = ' x '.join(
+      f'{a}={s}' for a, s in sizes.items() if s > 1 or a in ('data', 'fsdp')
     )
-  shape = [sizes.get(axis, 1) for axis in AXES]
-  return jax.sharding.Mesh(np.asarray(devices).reshape(shape), AXES)
+    raise ValueError(
+      f'mesh {shown} needs {math.prod(sizes.values())} devices, there are '
+      f'{len(devices)}; mesh.data=-1 mesh.fsdp=1 would do'
+    )
+  if sizes['data'] % config.num_slices:
+    raise ValueError(
+      f'mesh data={sizes["data"]} must be a multiple of num_slices='
+      f'{config.num_slices}'
+    )
+  return jax.sharding.Mesh(_lay_out(sizes, config.num_slices, devices), AXES)
+
+
+def _lay_out(sizes, num_slices, devices):
+  """Devices by axis, neighbours on the innermost axes near each other."""
+  shape = tuple(sizes.values())
+  if devices[0].platform != 'tpu':
+    return np.asarray(devices).reshape(shape)
+  if num_slices == 1:
+    return mesh_utils.create_device_mesh(
+      shape, devices, allow_split_physical_axes=True
+    )
+  inside = dict(sizes, data=sizes['data'] // num_slices)
+  across = {axis: num_slices if axis == 'data' else 1 for axis in sizes}
+  return mesh_utils.create_hybrid_device_mesh(
+    tuple(inside.values()),
+    tuple(across.values()),
+    devices,
+    allow_split_physical_axes=True,
+  )

@@ -1,9 +1,15 @@
 """Logical axes and their mesh axes; every sharding of the project.
 
 Parameters name logical axes where they are created (`param`); a table says
-which mesh axis shards each. Activations are constrained at block edges only.
+which mesh axis shards each. Programs are written for one device and run by
+`per_device`: they see their own rows and their own part of each parameter.
+Along `fsdp` a layer gathers its parameters when it needs them (`param`), along
+`tensor` it computes with its part between `fan_out` and `fan_in`, along
+`expert` tokens travel (expert.py). Every exchange is written out; outside
+`per_device`, or on one device, each of them does nothing.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,8 +22,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from r1jax.losses import token
+
 # Mesh axes that together shard the rows of a batch.
 BATCH_AXES = ('data', 'fsdp', 'expert')
+# Mesh axes along which parameters are gathered before they are used.
+GATHERED_AXES = ('fsdp',)
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
   # Weights.
@@ -26,15 +36,12 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   'kv_heads': 'tensor',
   'mlp': 'tensor',
   'vocab': 'tensor',
+  'head_vocab': ('fsdp', 'tensor'),
   'experts': 'expert',
   'latent': None,
   'layers': None,
-  # Activations.
+  # Rows of a batch.
   'batch': BATCH_AXES,
-  'length': 'context',
-  'act_embed': None,
-  'act_heads': 'tensor',
-  'act_mlp': 'tensor',
 }
 
 
@@ -45,22 +52,235 @@ def param(
   axes: Sequence[str | None],
   *,
   std: float | None,
+  dtype: jnp.dtype | None = None,
+  whole: bool = True,
 ) -> jax.Array:
   """Creates (or reads) a float32 parameter with logical axes.
+
+  Inside `per_device` it is this device's part, gathered along `fsdp` only: of
+  heads, widths and experts each device has its own.
 
   Args:
     module: The linen module that owns it.
     name: Its name there.
-    shape: One size per axis.
+    shape: One size per axis, of the whole.
     axes: Logical axis names, None for an axis that is never sharded.
     std: Of the normal initialisation; None initialises with ones.
+    dtype: Of the result, and of what is gathered; as it is if None.
+    whole: Gather; False returns the part.
   """
   init = nn.initializers.ones if std is None else nn.initializers.normal(std)
-  return module.param(
+  shape = tuple(shape)
+  local_shape = shape
+  if module.has_variable('params', name):
+    local_shape = jnp.shape(module.get_variable('params', name))
+  x = module.param(
     name,
     nn.with_logical_partitioning(init, tuple(axes)),
-    tuple(shape),
+    local_shape,
     jnp.float32,
+  )
+  return gather(x, shape, axes, dtype) if whole else x
+
+
+def gather(
+  x: jax.Array,
+  shape: Sequence[int],
+  axes: Sequence[str | None],
+  dtype: jnp.dtype | None = None,
+) -> jax.Array:
+  """A parameter from each device's part along `fsdp`.
+
+  Its gradient is summed in float32 over the devices, each of which keeps its
+  part.
+
+  Args:
+    x: The part.
+    shape: Of the whole.
+    axes: Logical axes.
+    dtype: Of the result, and of what is exchanged; that of x if None.
+  """
+  dtype = x.dtype if dtype is None else jnp.dtype(dtype)
+  spec = to_spec(axes)
+  for i, (local, whole) in enumerate(zip(x.shape, shape, strict=True)):
+    if local != whole and spec[i] in GATHERED_AXES:
+      x = _gather_axis(x, spec[i], i, dtype)
+  return x.astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather_axis(x, mesh_axis, axis, dtype):
+  return jax.lax.all_gather(x.astype(dtype), mesh_axis, axis=axis, tiled=True)
+
+
+def _gather_axis_fwd(x, mesh_axis, axis, dtype):
+  return _gather_axis(x, mesh_axis, axis, dtype), jnp.zeros((), x.dtype)
+
+
+def _gather_axis_bwd(mesh_axis, axis, dtype, like, grad):
+  del dtype
+  grad = jax.lax.psum_scatter(
+    grad.astype(jnp.float32), mesh_axis, scatter_dimension=axis, tiled=True
+  )
+  return (grad.astype(like.dtype),)
+
+
+_gather_axis.defvjp(_gather_axis_fwd, _gather_axis_bwd)
+
+
+def look_up(
+  embedding: jax.Array, tokens_BT: jax.Array, vocab_size: int, dim: int
+) -> jax.Array:
+  """Rows of an embedding, [B, T, dim].
+
+  Each device may have some of its rows, along `tensor`, and of these some
+  columns, along `fsdp`; for the latter tokens are gathered and columns
+  exchanged, so that no device ever has all of it.
+  """
+  num_rows, num_columns = embedding.shape
+  if num_rows == vocab_size:
+    take = lambda tokens: jnp.take(embedding, tokens, axis=0)
+  else:
+
+    def take(tokens):
+      row = tokens - jax.lax.axis_index('tensor') * num_rows
+      is_here = (row >= 0) & (row < num_rows)
+      rows = jnp.take(embedding, row, axis=0, mode='clip')
+      return fan_in(jnp.where(is_here[..., None], rows, 0))
+
+  if num_columns == dim:
+    return take(tokens_BT)
+  part_nBTd = take(jax.lax.all_gather(tokens_BT, 'fsdp'))
+  return jax.lax.all_to_all(
+    part_nBTd, 'fsdp', split_axis=0, concat_axis=3, tiled=True
+  )[0]
+
+
+@jax.custom_vjp
+def fan_out(x: Any) -> Any:
+  """Before each device of `tensor` computes with its part of a layer.
+
+  Nothing on the way there; gradients are added up on the way back.
+
+  Source: Shoeybi et al., 'Megatron-LM', arXiv:1909.08053, §3.
+  """
+  return x
+
+
+@jax.custom_vjp
+def fan_in(x: Any) -> Any:
+  """After it: adds up what the devices of `tensor` computed.
+
+  Nothing on the way back.
+  """
+  return _sum_tensor(x)
+
+
+def mean_tensor(x: jax.Array) -> jax.Array:
+  """The mean over the devices of `tensor` of a constant."""
+  return _sum_tensor(x) / axis_size('tensor')
+
+
+def _sum_tensor(x):
+  return jax.lax.psum(x, 'tensor') if axis_size('tensor') > 1 else x
+
+
+fan_out.defvjp(lambda x: (x, None), lambda _, grad: (_sum_tensor(grad),))
+fan_in.defvjp(lambda x: (_sum_tensor(x), None), lambda _, grad: (grad,))
+
+
+def own_length(x_BT: jax.Array) -> jax.Array:
+  """This device's part of sequences, along `context`: [B, T, …].
+
+  Raises:
+    ValueError: The mesh axis does not divide T.
+  """
+  parts = axis_size('context')
+  if parts == 1:
+    return x_BT
+  if x_BT.shape[1] % parts:
+    raise ValueError(
+      f'mesh axis context={parts} does not divide {x_BT.shape[1]} tokens'
+    )
+  length = x_BT.shape[1] // parts
+  first = jax.lax.axis_index('context') * length
+  return jax.lax.dynamic_slice_in_dim(x_BT, first, length, axis=1)
+
+
+def gather_length(x_BT: jax.Array) -> jax.Array:
+  """Whole sequences of what each device of `context` computed a part of.
+
+  For keys: each device goes on with something else, gradients are added up.
+  """
+  if axis_size('context') == 1:
+    return x_BT
+  return jax.lax.all_gather(x_BT, 'context', axis=1, tiled=True)
+
+
+@jax.custom_vjp
+def join_length(x_BT: jax.Array) -> jax.Array:
+  """The same, where all devices go on with the same: no sum on the way back.
+
+  The loss is computed from whole rows on each device of `context`.
+  """
+  return gather_length(x_BT)
+
+
+@jax.custom_vjp
+def sum_length(x: Any) -> Any:
+  """Adds up over the devices of `context`, which all go on with the sum."""
+  return jax.lax.psum(x, 'context') if axis_size('context') > 1 else x
+
+
+join_length.defvjp(
+  lambda x: (join_length(x), None), lambda _, grad: (own_length(grad),)
+)
+sum_length.defvjp(lambda x: (sum_length(x), None), lambda _, grad: (grad,))
+
+
+def share_columns(w_DV: jax.Array, num_columns: int) -> token.Head:
+  """The output projection, whose columns may be spread over devices.
+
+  Over `fsdp` and `tensor`, or `tensor` alone. Devices of `fsdp` have other
+  tokens each, so that every one scores all their tokens with its columns.
+  """
+  parts = num_columns // w_DV.shape[1]
+  whole_rows = {'own_length': own_length, 'join_length': join_length}
+  if parts == 1:
+    return token.Head(w_DV, **whole_rows)
+  over_tensor = axis_size('tensor')
+  over_fsdp = parts // over_tensor
+  index = jax.lax.axis_index('tensor')
+  if over_fsdp > 1:
+    index += over_tensor * jax.lax.axis_index('fsdp')
+
+  def spread(x):
+    if over_fsdp > 1:
+      x = jax.lax.all_gather(x, 'fsdp', tiled=True)
+    return fan_out(x)
+
+  def total(x):
+    x = fan_in(x)
+    if over_fsdp > 1:
+      x = jax.lax.psum_scatter(x, 'fsdp', tiled=True)
+    return x
+
+  axes = ('fsdp', 'tensor') if over_fsdp > 1 else 'tensor'
+
+  def join(x):
+    x = jax.lax.all_gather(x, 'tensor', axis=-1, tiled=True)
+    if over_fsdp > 1:
+      x = jax.lax.all_to_all(x, 'fsdp', 0, x.ndim - 1, tiled=True)
+    return x
+
+  return token.Head(
+    w_DV,
+    first=index * w_DV.shape[1],
+    spread=spread,
+    total=total,
+    largest=lambda x: jax.lax.pmax(x, axes),
+    join=join,
+    **whole_rows,
   )
 
 
@@ -78,7 +298,7 @@ def to_spec(axes: Sequence[str | None]) -> P:
         f'unknown logical axis {axis!r}; known: {", ".join(RULES)}'
       )
     target = RULES[axis] if axis is not None else None
-    for mesh_axis in (target,) if isinstance(target, str) else target or ():
+    for mesh_axis in _mesh_axes(target):
       if mesh_axis in used:
         raise ValueError(
           f'logical axes {used[mesh_axis]!r} and {axis!r} of {tuple(axes)} '
@@ -87,6 +307,10 @@ def to_spec(axes: Sequence[str | None]) -> P:
       used[mesh_axis] = axis
     spec.append(target)
   return P(*spec)
+
+
+def _mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+  return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def tree_shardings(mesh: Mesh, boxed: Any) -> Any:
@@ -102,15 +326,34 @@ def tree_shardings(mesh: Mesh, boxed: Any) -> Any:
       return NamedSharding(mesh, P())
     spec, shape = to_spec(leaf.names), leaf.value.shape
     for size, axis in zip(shape, spec, strict=True):
-      if axis is not None and size % mesh.shape[axis]:
+      parts = {a: mesh.shape[a] for a in _mesh_axes(axis)}
+      if size % math.prod(parts.values()):
+        shown = ' x '.join(f'{a}={n}' for a, n in parts.items())
         raise ValueError(
           f'parameter {jax.tree_util.keystr(path)} {shape}: mesh axis '
-          f'{axis}={mesh.shape[axis]} does not divide {size}'
+          f'{shown} does not divide {size}'
         )
     return NamedSharding(mesh, spec)
 
   is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
   return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=is_box)
+
+
+def for_sampling(shardings: Any) -> Any:
+  """Where variables lie to be sampled from: whole along `fsdp`.
+
+  A step of decoding is too short to gather them in each layer.
+  """
+
+  def one(target):
+    axes = [
+      tuple(a for a in _mesh_axes(entry) if a != 'fsdp')
+      for entry in target.spec
+    ]
+    spec = P(*(a[0] if len(a) == 1 else a or None for a in axes))
+    return NamedSharding(target.mesh, spec)
+
+  return jax.tree.map(one, shardings)
 
 
 def unbox(tree: Any) -> Any:
@@ -162,51 +405,93 @@ def num_batch_shards(mesh: Mesh) -> int:
   return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
-  """Constrains an activation; does nothing outside `jax.set_mesh`."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.manual_axes:
-    return x
-  return jax.lax.with_sharding_constraint(x, to_spec(axes))
-
-
-def per_shard(
-  function: Callable[..., Any], mesh: Mesh, batched: Sequence[bool]
+def per_device(
+  function: Callable[..., Any],
+  mesh: Mesh,
+  in_shardings: Sequence[Any],
+  out_shardings: Any,
 ) -> Callable[..., Any]:
-  """Runs `function` on each shard of the batch, with no communication.
+  """Runs a program written for one device on all of them; see this file's top.
 
   Args:
-    function: Its array results all have rows first.
-    mesh: Where the batch lives.
-    batched: For each argument, whether its arrays have rows first; the others
-      are replicated.
+    function: Takes and returns parts.
+    mesh: The devices.
+    in_shardings: For each argument a tree of shardings, or 'rows' for arrays
+      whose rows are the batch's (scalars are whole), or 'whole'.
+    out_shardings: The same for the result; a tree whose leaves are those.
   """
-  if num_batch_shards(mesh) == 1:
+  if mesh.size == 1:
     return function
-  specs = tuple(P(BATCH_AXES) if b else P() for b in batched)
-  # check_vma: loop carries start unvarying and become varying.
-  return jax.shard_map(
-    function,
-    mesh=mesh,
-    in_specs=specs,
-    out_specs=P(BATCH_AXES),
-    check_vma=False,
+
+  def run(*args):
+    in_specs = tuple(
+      _local_specs(kind, arg)
+      for kind, arg in zip(in_shardings, args, strict=True)
+    )
+    # check_vma: loop carries start unvarying and become varying.
+    return jax.shard_map(
+      function,
+      mesh=mesh,
+      in_specs=in_specs,
+      out_specs=_local_specs(out_shardings),
+      check_vma=False,
+    )(*args)
+
+  return run
+
+
+def _local_specs(kind: Any, arg: Any = None) -> Any:
+  if kind == 'rows' and arg is not None:
+    return jax.tree.map(lambda x: P(BATCH_AXES) if jnp.ndim(x) else P(), arg)
+  names = {'rows': P(BATCH_AXES), 'whole': P()}
+  return jax.tree.map(
+    lambda x: names[x] if isinstance(x, str) else x.spec, kind
   )
 
 
-def per_shard_here(
-  function: Callable[..., Any], batched: Sequence[bool]
-) -> Callable[..., Any]:
-  """`per_shard` on the mesh of the surrounding `jax.set_mesh`, if any."""
+def axis_size(axis: str) -> int:
+  """Devices along a mesh axis, inside `per_device`; 1 outside."""
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.manual_axes:
-    return function
-  return per_shard(function, mesh, batched)
+  return mesh.shape[axis] if axis in mesh.manual_axes else 1
 
 
-def num_shards_here() -> int:
-  """Shards of a batch on the mesh of the surrounding `jax.set_mesh`, or 1."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.manual_axes:
-    return 1
-  return num_batch_shards(mesh)
+def sum_rows(tree: Any) -> Any:
+  """Adds up over the devices that share a batch, inside `per_device`."""
+  return jax.lax.psum(tree, BATCH_AXES) if _is_local() else tree
+
+
+def is_everywhere(flag: jax.Array) -> jax.Array:
+  """True if it is on all devices that share the experts."""
+  if axis_size('expert') == 1:
+    return flag
+  return jax.lax.pmin(flag.astype(jnp.int32), 'expert') > 0
+
+
+def max_rows(tree: Any) -> Any:
+  """The maximum over the devices that share a batch, inside `per_device`."""
+  return jax.lax.pmax(tree, BATCH_AXES) if _is_local() else tree
+
+
+def sum_gradients(grads: Any, shardings: Any) -> Any:
+  """Adds up gradients over the devices that computed parts of them.
+
+  Where a parameter is sharded, `gather` and expert parallelism have done so.
+  """
+  if not _is_local():
+    return grads
+  leaves, treedef = jax.tree.flatten(grads)
+  groups = {}
+  for i, target in enumerate(treedef.flatten_up_to(shardings)):
+    used = [a for entry in target.spec for a in _mesh_axes(entry)]
+    axes = tuple(a for a in (*BATCH_AXES, 'context') if a not in used)
+    groups.setdefault(axes, []).append(i)
+  for axes, members in groups.items():
+    # One exchange for all of them.
+    summed = jax.lax.psum([leaves[i] for i in members], axes)
+    for i, x in zip(members, summed, strict=True):
+      leaves[i] = x
+  return treedef.unflatten(leaves)
+
+
+def _is_local() -> bool:
+  return bool(jax.sharding.get_abstract_mesh().manual_axes)

@@ -131,9 +131,9 @@ def make_loss(
       segment_BT=batch.segment_BT,
       position_BT=batch.position_BT,
     )
-    head_DV = transformer.head(variables['params'], config)
+    head = transformer.head(variables['params'], config)
     logp_BT, entropy_BT = token.next_token_logp(
-      out.hidden_BTD, head_DV, batch.tokens_BT, temperature=temperature
+      out.hidden_BTD, head, batch.tokens_BT, temperature=temperature
     )
     ref_logp_BT = batch.ref_logp_BT
     if loss_config.kl_coef == 0:  # No reference: as if it were the policy.
@@ -159,8 +159,7 @@ def make_loss(
     if loss_config.kl_coef > 0:
       metrics['rl/kl'] = grpo.token_mean(terms['kl'], batch)
     if out.moe is not None:
-      loss += balance_coef * pretrain.balance(out.moe.balance_B, batch, metrics)
-      metrics['moe/counts'] = out.moe.counts_E
+      loss += balance_coef * pretrain.balance(out.moe, batch, metrics)
     return loss, metrics
 
   return loss_fn

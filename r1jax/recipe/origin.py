@@ -131,7 +131,7 @@ def abstract_variables(
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     sharding.unbox(boxed),
-    sharding.tree_shardings(mesh, boxed),
+    transformer.shardings(model, mesh),
   )
 
 

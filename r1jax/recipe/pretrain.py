@@ -15,7 +15,7 @@ from r1jax.data import chat_tokens, corpus, hf_tokenizer, loader, text
 from r1jax.data import tokenizer as tokenizer_lib
 from r1jax.losses import token
 from r1jax.model import config as model_config
-from r1jax.model import router, transformer
+from r1jax.model import moe, router, transformer
 from r1jax.parallel import mesh as mesh_lib
 from r1jax.parallel import sharding
 from r1jax.recipe import config_check
@@ -240,7 +240,15 @@ def make_held_out(
   """
   batches = loader.evaluation_batches(rows, batch_size)
   num_bytes = getattr(rows, 'num_bytes', 0)
-  sums_of = jax.jit(make_evaluate(model))
+  sums_of_rows = make_evaluate(model)
+  sums_of = jax.jit(
+    sharding.per_device(
+      lambda *args: sharding.sum_rows(sums_of_rows(*args)),
+      mesh,
+      (transformer.shardings(model, mesh), 'rows'),
+      'whole',
+    )
+  )
 
   def evaluate(variables):
     total = None
@@ -284,8 +292,8 @@ def make_loss(
       mtp=mtp_coef > 0,
       indexer_loss=indexer is not None,
     )
-    head_DV = transformer.head(variables['params'], config)
-    logp_BT, _ = token.next_token_logp(out.hidden_BTD, head_DV, batch.tokens_BT)
+    head = transformer.head(variables['params'], config)
+    logp_BT, _ = token.next_token_logp(out.hidden_BTD, head, batch.tokens_BT)
     next_loss = token.cross_entropy(logp_BT, batch.mask_BT, batch.num_tokens)
     metrics = {'train/next_token_loss': next_loss}
     loss = next_loss
@@ -293,7 +301,7 @@ def make_loss(
       mtp_loss = jnp.mean(
         jnp.stack(
           [
-            _mtp_loss(hidden_BTD, head_DV, batch, depth)
+            _mtp_loss(hidden_BTD, head, batch, depth)
             for depth, hidden_BTD in enumerate(out.mtp_hidden, start=1)
           ]
         )
@@ -301,8 +309,7 @@ def make_loss(
       metrics['mtp/loss'] = mtp_loss
       loss += mtp_coef * mtp_loss
     if out.moe is not None:
-      loss += balance_coef * balance(out.moe.balance_B, batch, metrics)
-      metrics['moe/counts'] = out.moe.counts_E
+      loss += balance_coef * balance(out.moe, batch, metrics)
     if indexer is not None:
       # Of each layer Σ_t KL; queries of padding have none.
       divergence = out.indexer_LBT.sum() / batch.num_tokens
@@ -314,19 +321,26 @@ def make_loss(
 
 
 def balance(
-  balance_LB: jax.Array, batch: types.Batch, metrics: dict[str, jax.Array]
+  out: moe.MoeMetrics, batch: types.Batch, metrics: dict[str, jax.Array]
 ) -> jax.Array:
-  """Balance loss summed over layers, rows weighted by their tokens."""
+  """Balance loss summed over layers, rows weighted by their tokens.
+
+  What is known of the experts' load is added to the metrics.
+  """
+  balance_LB = out.balance_B
+  metrics['moe/counts'] = out.counts_E
+  if sharding.axis_size('expert') > 1:
+    metrics['moe/overflow_tokens'] = out.overflow.sum()
   weight_B = batch.mask_BT.sum(1) / batch.num_tokens
   total = jnp.einsum('LB,B->', balance_LB, weight_B)
   metrics['moe/balance_loss'] = total / balance_LB.shape[0]
   return total
 
 
-def _mtp_loss(hidden_BTD, head_DV, batch, depth):
+def _mtp_loss(hidden_BTD, head, batch, depth):
   """Cross entropy of the depth-k drafts, divided by the same token count."""
   logp_BT, _ = token.token_logp(
-    hidden_BTD, head_DV, token.shifted(batch.tokens_BT, depth + 1)
+    hidden_BTD, head, token.shifted(batch.tokens_BT, depth + 1)
   )
   mask_BT = token.mtp_mask(batch.mask_BT, batch.segment_BT, depth)
   return token.cross_entropy(logp_BT, mask_BT, batch.num_tokens)
@@ -352,8 +366,8 @@ def make_evaluate(
       position_BT=batch.position_BT,
       mtp=config.mtp_depth > 0,
     )
-    head_DV = transformer.head(variables['params'], config)
-    logp_BT, _ = token.next_token_logp(out.hidden_BTD, head_DV, batch.tokens_BT)
+    head = transformer.head(variables['params'], config)
+    logp_BT, _ = token.next_token_logp(out.hidden_BTD, head, batch.tokens_BT)
     sums = {
       'nats': -jnp.sum(logp_BT * batch.mask_BT),
       'tokens': batch.mask_BT.sum(),
@@ -361,11 +375,9 @@ def make_evaluate(
     if out.mtp_hidden:
       mask_BT = token.mtp_mask(batch.mask_BT, batch.segment_BT, 1)
       logp_BT, _ = token.token_logp(
-        out.mtp_hidden[0], head_DV, token.shifted(batch.tokens_BT, 2)
+        out.mtp_hidden[0], head, token.shifted(batch.tokens_BT, 2)
       )
-      best = lambda hidden_BTD: jnp.argmax(
-        hidden_BTD @ head_DV.astype(hidden_BTD.dtype), axis=-1
-      )
+      best = lambda hidden_BTD: jnp.argmax(head.logits(hidden_BTD), axis=-1)
       draft_BT = best(out.mtp_hidden[0])
       main_BT = token.shifted(best(out.hidden_BTD), 1)
       sums['mtp_nats'] = -jnp.sum(logp_BT * mask_BT)

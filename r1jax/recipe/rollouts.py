@@ -98,7 +98,10 @@ class RolloutConfig:
 
 
 def make_logp(
-  config: model_config.ModelConfig, *, temperature: float
+  config: model_config.ModelConfig,
+  mesh: jax.sharding.Mesh,
+  *,
+  temperature: float,
 ) -> Callable[[Any, types.PolicyBatch], jax.Array]:
   """Builds logp(variables, batch) -> [B, T]: the reference and gap passes."""
   model = transformer.Transformer(config)
@@ -110,12 +113,13 @@ def make_logp(
       segment_BT=batch.segment_BT,
       position_BT=batch.position_BT,
     )
-    head_DV = transformer.head(variables['params'], config)
+    head = transformer.head(variables['params'], config)
     return token.next_token_logp(
-      out.hidden_BTD, head_DV, batch.tokens_BT, temperature=temperature
+      out.hidden_BTD, head, batch.tokens_BT, temperature=temperature
     )[0]
 
-  return logp
+  shardings = transformer.shardings(config, mesh)
+  return sharding.per_device(logp, mesh, (shardings, 'rows'), 'rows')
 
 
 def make_sampler(
@@ -217,7 +221,7 @@ class GrpoSource:
     self._generate = make_sampler(config, model, mesh, tokenizer)
     self._score = scoring.make_score(tokenizer, config.rule)
     self._logp = jax.jit(
-      make_logp(model, temperature=config.sampling.temperature)
+      make_logp(model, mesh, temperature=config.sampling.temperature)
     )
     self._num_rollouts = 0
     self._num_batches = 0

@@ -97,9 +97,8 @@ class Stage:
   def __post_init__(self):
     self.optimizer = optimizer.make_optimizer(self.optim, self.train.num_steps)
     key = jax.random.key(self.seed)
-    boxed = jax.eval_shape(lambda: transformer.init(self.model, key))
     try:
-      self.shardings = sharding.tree_shardings(self.mesh, boxed)
+      self.shardings = transformer.shardings(self.model, self.mesh)
     except ValueError as e:
       raise config_lib.UserError(str(e)) from e
     moe, speed = self.model.moe, self.train.bias_update_speed
@@ -152,6 +151,8 @@ class Stage:
       update_router=self._update_router(),
       reference_every=self.train.reference_every * self.with_reference,
       schedule=optimizer.make_schedule(self.optim, self.train.num_steps),
+      mesh=self.mesh,
+      shardings=self.shardings,
     )
     shardings = jax.tree.map(lambda s: s.sharding, self.abstract_state())
     return jax.jit(

@@ -97,14 +97,11 @@ def generate(
   config = dataclasses.replace(config, scan_layers=False, remat=False)
   model = transformer.Transformer(config)
   B, T = prompt_BT.shape
-  head_DV = transformer.head(variables['params'], config).astype(config.dtype)
+  head = transformer.head(variables['params'], config)
   stop_S = jnp.asarray(stop_ids, jnp.int32)
 
   def sample(hidden_BD, row_B, step):
-    logits_BV = jnp.einsum(
-      'BD,DV->BV', hidden_BD, head_DV, preferred_element_type=jnp.float32
-    )
-    logp_BV = filters.filtered_logp(logits_BV, sampling)
+    logp_BV = filters.filtered_logp(head.logits(hidden_BD), sampling)
     if sampling.temperature == 0:
       token_B = jnp.argmax(logp_BV, axis=-1).astype(jnp.int32)
     else:
@@ -185,7 +182,9 @@ def _run_phase(d, decode_step, start, end, wave, prompt_width):
 
   def run(part):
     first = jnp.asarray(start, jnp.int32)
-    unfinished = lambda carry: (carry[0] < end) & ~carry[1].done_B.all()
+    unfinished = lambda carry: (
+      (carry[0] < end) & ~sharding.is_everywhere(carry[1].done_B.all())
+    )
     _, part = jax.lax.while_loop(unfinished, decode_step, (first, part))
     # Every wave ends at the same slot, however early it was done.
     slot = jnp.asarray(prompt_width + end - 1, jnp.int32)
@@ -254,7 +253,7 @@ def make_generate(
   """A jitted (variables, prompt_BT, length_B, key) -> Rollout on a mesh.
 
   Each shard of the batch runs its own loop and leaves it when its own rows
-  are done.
+  are done, or where devices share the experts, those of all of them.
   """
 
   def run(variables, prompt_BT, length_B, row_B, key):
@@ -271,7 +270,10 @@ def make_generate(
       pad_id=pad_id,
     )
 
-  sharded = sharding.per_shard(run, mesh, (False, True, True, True, False))
+  layout = sharding.for_sampling(transformer.shardings(config, mesh))
+  sharded = sharding.per_device(
+    run, mesh, (layout, 'rows', 'rows', 'rows', 'whole'), 'rows'
+  )
 
   @jax.jit
   def program(variables, prompt_BT, length_B, key):

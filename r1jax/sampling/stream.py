@@ -136,14 +136,8 @@ class Stream:
   def _sample(
     self, variables: Any, hidden_1D: jax.Array, count: Any, key: jax.Array
   ) -> jax.Array:
-    head_DV = transformer.head(variables['params'], self._config)
-    logits_1V = jnp.einsum(
-      'BD,DV->BV',
-      hidden_1D,
-      head_DV.astype(hidden_1D.dtype),
-      preferred_element_type=jnp.float32,
-    )
-    logp_1V = filters.filtered_logp(logits_1V, self._sampling)
+    head = transformer.head(variables['params'], self._config)
+    logp_1V = filters.filtered_logp(head.logits(hidden_1D), self._sampling)
     key = jax.random.fold_in(key, count)
     # Greedy puts all probability on one token, which is then drawn.
     return jax.random.categorical(key, logp_1V).astype(jnp.int32)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from r1jax.parallel import sharding
 from r1jax.train import state as state_lib
 
 Metrics = dict[str, jax.Array]
@@ -23,6 +24,8 @@ def make_train_step(
   update_router: Callable[[Any, jax.Array], Any] | None = None,
   reference_every: int = 0,
   schedule: optax.Schedule | None = None,
+  mesh: jax.sharding.Mesh | None = None,
+  shardings: Any = None,
 ) -> TrainStep:
   """Returns (state, batch) -> (state, metrics); jit it with donate_argnums=0.
 
@@ -40,9 +43,16 @@ def make_train_step(
     reference_every: The reference becomes the new variables after each step
       that is a multiple of this; 0 never.
     schedule: Learning rate by count, shown as train/lr.
+    mesh: Devices; each computes the gradient of its own rows.
+    shardings: Of the variables on them.
   """
   optimizer = optax.with_extra_args_support(optimizer)
-  gradient = _accumulate(_make_gradient(loss_fn), num_microbatches)
+  gradient = make_gradient(
+    loss_fn,
+    num_microbatches=num_microbatches,
+    mesh=mesh,
+    shardings=shardings,
+  )
 
   def update(
     state: state_lib.State, grads: Any, grad_norm: jax.Array, metrics: Metrics
@@ -89,8 +99,24 @@ def make_train_step(
   return train_step
 
 
-def _make_gradient(loss_fn: LossFn) -> Callable[..., Any]:
-  """Returns (variables, batch) -> ((loss, metrics), grads of 'params')."""
+def make_gradient(
+  loss_fn: LossFn,
+  *,
+  num_microbatches: int = 1,
+  mesh: jax.sharding.Mesh | None = None,
+  shardings: Any = None,
+) -> Callable[..., Any]:
+  """Returns (variables, batch) -> ((loss, metrics), grads of 'params').
+
+  Arguments as those of `make_train_step`.
+  """
+  gradient = _accumulate(_gradient_of(loss_fn), num_microbatches)
+  if mesh is not None:
+    gradient = _over_devices(gradient, mesh, shardings)
+  return gradient
+
+
+def _gradient_of(loss_fn: LossFn) -> Callable[..., Any]:
 
   def loss_of(params: Any, rest: Any, batch: Any) -> tuple[jax.Array, Metrics]:
     return loss_fn({**rest, 'params': params}, batch)
@@ -102,6 +128,28 @@ def _make_gradient(loss_fn: LossFn) -> Callable[..., Any]:
     )
 
   return gradient
+
+
+def _over_devices(
+  gradient: Callable[..., Any], mesh: jax.sharding.Mesh, shardings: Any
+) -> Callable[..., Any]:
+  """Sums losses, metrics and gradients over the devices' own rows."""
+
+  def local(variables: Any, batch: Any) -> Any:
+    (loss, metrics), grads = gradient(variables, batch)
+    metrics = {
+      k: (sharding.max_rows if is_max(k) else sharding.sum_rows)(v)
+      for k, v in metrics.items()
+    }
+    grads = sharding.sum_gradients(grads, shardings['params'])
+    return (sharding.sum_rows(loss), metrics), grads
+
+  return sharding.per_device(
+    local,
+    mesh,
+    (shardings, 'rows'),
+    (('whole', 'whole'), shardings['params']),
+  )
 
 
 def _accumulate(

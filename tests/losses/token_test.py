@@ -36,7 +36,11 @@ def _score(hidden_BTD, head_DV, targets_BT, pull_BT, *, temperature, chunk):
 
   def objective(hidden_BTD, head_DV):
     logp_BT, entropy_BT = token.token_logp(
-      hidden_BTD, head_DV, targets_BT, temperature=temperature, chunk=chunk
+      hidden_BTD,
+      token.Head(head_DV),
+      targets_BT,
+      temperature=temperature,
+      chunk=chunk,
     )
     total = (pull_BT * (logp_BT + entropy_BT)).sum()
     return total, (logp_BT, entropy_BT)
@@ -90,16 +94,21 @@ def test_bfloat16_hidden_states_give_float32_log_probabilities():
   hidden_BTD, head_DV, targets_BT = _inputs()
   low_BTD = jax.ShapeDtypeStruct(hidden_BTD.shape, jax.numpy.bfloat16)
   logp_BT, entropy_BT = jax.eval_shape(
-    token.token_logp, low_BTD, head_DV, targets_BT
+    lambda hidden_BTD: token.token_logp(
+      hidden_BTD, token.Head(head_DV), targets_BT
+    ),
+    low_BTD,
   )
   assert logp_BT.dtype == entropy_BT.dtype == np.float32
 
 
 def test_next_token_logp_stands_at_the_predicted_token():
   hidden_BTD, head_DV, tokens_BT = _inputs()
-  logp_BT, entropy_BT = quick.jit(token.next_token_logp)(
-    hidden_BTD, head_DV, tokens_BT
-  )
+  logp_BT, entropy_BT = quick.jit(
+    lambda hidden_BTD: token.next_token_logp(
+      hidden_BTD, token.Head(head_DV), tokens_BT
+    )
+  )(hidden_BTD)
   assert not np.asarray(logp_BT)[:, 0].any()
   assert not np.asarray(entropy_BT)[:, 0].any()
   logits_BTV = hidden_BTD.astype(np.float64) @ head_DV

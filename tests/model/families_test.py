@@ -69,8 +69,8 @@ def _logits(config, variables, tokens_BT, position_BT, cache, decode=False):
     out = transformer.Transformer(config).apply(
       variables, tokens_BT, position_BT=position_BT, cache=cache, decode=decode
     )
-    head_DV = transformer.head(variables['params'], config)
-    return out.hidden_BTD @ head_DV, out.cache
+    head = transformer.head(variables['params'], config)
+    return head.logits(out.hidden_BTD), out.cache
 
 
 def _positions(start, end):

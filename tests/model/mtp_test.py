@@ -38,10 +38,10 @@ def _drafts(config, variables, tokens_BT, segment_BT, position_BT, mask_MBT):
       position_BT=position_BT,
       mtp=True,
     )
-    head_DV = transformer.head(variables['params'], config)
+    head = transformer.head(variables['params'], config)
     logp_MBT = jnp.stack(
       [
-        token.token_logp(h_BTD, head_DV, jnp.full((_B, _T), 7))[0]
+        token.token_logp(h_BTD, head, jnp.full((_B, _T), 7))[0]
         for h_BTD in out.mtp_hidden
       ]
     )

@@ -168,7 +168,7 @@ def test_tied_head_is_the_embedding():
   params = tiny.variables(c)['params']
   tied = dataclasses.replace(c, tie_embeddings=True)
   assert 'head' not in tiny.variables(tied)['params']
-  assert transformer.head(params, c) is params['head']
+  assert transformer.head(params, c).w_DV is params['head']
   np.testing.assert_array_equal(
-    transformer.head(params, tied), np.asarray(params['embedding']).T
+    transformer.head(params, tied).w_DV, np.asarray(params['embedding']).T
   )

@@ -1,18 +1,23 @@
 """Logical axes: every mistake raises; eight devices compute what one does."""
 
+import collections
 import dataclasses
+import functools
+import math
+import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from r1jax import types
+from r1jax.model import config as model_config
 from r1jax.model import transformer
 from r1jax.parallel import mesh as mesh_lib
 from r1jax.parallel import sharding
 from r1jax.recipe import pretrain
+from r1jax.train import step
 from tests import quick
 from tests.model import tiny
 
@@ -31,9 +36,7 @@ def _boxed(config):
 
 def test_axes_map_to_mesh_axes():
   assert sharding.to_spec(('embed', None)) == P('fsdp', None)
-  assert sharding.to_spec(('batch', 'length', 'act_embed')) == P(
-    sharding.BATCH_AXES, 'context', None
-  )
+  assert sharding.to_spec(('batch', None)) == P(sharding.BATCH_AXES, None)
 
 
 def test_two_axes_on_one_mesh_axis_raise():
@@ -74,49 +77,29 @@ def test_local_rows_of_the_only_process_are_the_whole_batch():
 
 
 def test_indivisible_parameter_is_named():
-  odd = dataclasses.replace(_CONFIG, embed_dim=34)
+  odd = dataclasses.replace(_CONFIG, vocab_size=66)
   boxed = _boxed(odd)['params']
-  message = r"'head'\] \(34, 64\): mesh axis fsdp=4 does not divide 34"
+  message = (
+    r"'head'\] \(32, 66\): mesh axis fsdp=4 x tensor=1 does not divide 66"
+  )
   with pytest.raises(ValueError, match=message):
     sharding.tree_shardings(_mesh(2, 4), {'head': boxed['head']})
 
 
-def test_per_shard_sees_its_own_rows():
+def test_a_program_for_one_device_sees_its_own_rows():
   mesh = _mesh(8, 1)
   assert sharding.num_batch_shards(mesh) == 8
-  first = lambda x_BT, w: x_BT * 0 + x_BT[0, 0] + w
-  run = quick.jit(sharding.per_shard(first, mesh, (True, False)))
+
+  def first(x_BT, w):
+    return x_BT * 0 + x_BT[0, 0] + w, sharding.sum_rows(x_BT.sum())
+
+  run = quick.jit(
+    sharding.per_device(first, mesh, ('rows', 'whole'), ('rows', 'whole'))
+  )
   x_BT = np.arange(16.0, dtype=np.float32)[:, None]
-  expected_BT = np.repeat(x_BT[::2], 2, axis=0) + 100
-  np.testing.assert_array_equal(run(x_BT, np.float32(100)), expected_BT)
-
-
-def _look_up(rows_BD, choice_B, weights):
-  """Rows times one of their matrices; what was chosen comes out as well."""
-  table_EDF, scale = weights
-  product_BF = jnp.einsum('BD,BDF->BF', rows_BD, table_EDF[choice_B])
-  return {'out': jnp.tanh(product_BF) * scale, 'choice': choice_B}
-
-
-def test_gradients_per_shard_are_those_of_the_whole():
-  rng = np.random.default_rng(0)
-  draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
-  choice_B = rng.integers(0, 3, 16).astype(np.int32)
-  args = draw(16, 4), choice_B, (draw(3, 4, 5), np.float32(1.5))
-  pull_BF = draw(16, 5)
-  shards = sharding.per_shard(_look_up, _mesh(8, 1), (True, True, False))
-
-  def gradients(function):
-    @quick.jit
-    def run(rows_BD, choice_B, weights):
-      objective = lambda rows_BD, weights: jnp.sum(
-        function(rows_BD, choice_B, weights)['out'] * pull_BF
-      )
-      return jax.grad(objective, argnums=(0, 1))(rows_BD, weights)
-
-    return run(*args)
-
-  tiny.assert_trees_close(gradients(shards), gradients(_look_up), atol=1e-5)
+  rows_BT, total = run(x_BT, np.float32(100))
+  np.testing.assert_array_equal(rows_BT, np.repeat(x_BT[::2], 2, axis=0) + 100)
+  assert total == x_BT.sum()
 
 
 def _batch():
@@ -138,33 +121,98 @@ def _batch():
   )
 
 
-def _loss_and_gradients(data, fsdp):
-  """Loss with MTP and balance terms, its gradients and metrics."""
-  mesh = _mesh(data, fsdp)
-  loss_fn = pretrain.make_loss(_CONFIG, mtp_coef=0.3, balance_coef=0.1)
-  shardings = sharding.tree_shardings(mesh, _boxed(_CONFIG))
-  variables = jax.device_put(tiny.variables(_CONFIG), shardings)
-  step = jax.value_and_grad(loss_fn, has_aux=True)
-  with jax.set_mesh(mesh):
-    out = quick.jit(step)(variables, sharding.put_batch(mesh, _batch()))
-    return jax.device_get(out)
+_SPARSE = dataclasses.replace(
+  _CONFIG,
+  num_dense_layers=2,
+  moe=None,
+  mtp_depth=0,
+  attention=dataclasses.replace(
+    _CONFIG.attention,
+    indexer=model_config.IndexerConfig(num_heads=2, head_dim=16, top_k=4),
+  ),
+)
+_GQA = dataclasses.replace(
+  _CONFIG,
+  mtp_depth=0,
+  tie_embeddings=True,
+  attention=model_config.GqaConfig(
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    rope=model_config.RopeConfig(theta=10000.0, interleaved=False),
+    qkv_bias=True,
+    qk_norm=True,
+  ),
+)
+_CONFIGS = {'mla': _CONFIG, 'sparse': _SPARSE, 'gqa': _GQA}
 
 
-@pytest.fixture(scope='module')
-def one_device():
-  return _loss_and_gradients(1, 1)
-
-
-@pytest.mark.parametrize(('data', 'fsdp'), [(8, 1), (2, 4)])
-def test_eight_devices_give_the_loss_and_gradients_of_one(
-  data, fsdp, one_device
-):
-  (loss, metrics), grads = _loss_and_gradients(data, fsdp)
-  (one_loss, one_metrics), one_grads = one_device
-  np.testing.assert_allclose(loss, one_loss, rtol=1e-5)
-  np.testing.assert_array_equal(
-    metrics['moe/counts'], one_metrics['moe/counts']
+def _program(name, num_microbatches=1, **mesh):
+  """The gradient of a loss with MTP and balance terms, and its arguments."""
+  config = _CONFIGS[name]
+  mesh = {'data': 1, **mesh}
+  devices = jax.devices()[: math.prod(mesh.values())]
+  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(**mesh), devices)
+  shardings = transformer.shardings(config, mesh)
+  variables = jax.device_put(tiny.variables(config), shardings)
+  gradient = step.make_gradient(
+    pretrain.make_loss(config, mtp_coef=0.3, balance_coef=0.1),
+    num_microbatches=num_microbatches,
+    mesh=mesh,
+    shardings=shardings,
   )
-  tiny.assert_trees_close(metrics, one_metrics, atol=1e-5)
+  return quick.jit(gradient), variables, sharding.put_batch(mesh, _batch())
+
+
+@functools.cache
+def _loss_and_gradients(name, **options):
+  gradient, *args = _program(name, **options)
+  return jax.device_get(gradient(*args))
+
+
+_FAST = (
+  ('mla', {'data': 8}),
+  ('mla', {'fsdp': 2, 'expert': 2, 'tensor': 2}),
+  ('gqa', {'data': 2, 'tensor': 2, 'context': 2}),
+)
+_SLOW = (
+  ('mla', {'data': 2, 'fsdp': 4}),
+  ('mla', {'data': 2, 'expert': 4}),
+  ('mla', {'fsdp': 2, 'expert': 2, 'context': 2}),
+  ('mla', {'expert': 2, 'tensor': 2, 'context': 2}),
+  ('mla', {'data': 2, 'fsdp': 2, 'num_microbatches': 2}),
+  ('gqa', {'fsdp': 2, 'expert': 2, 'tensor': 2}),
+  ('sparse', {'fsdp': 2, 'tensor': 2, 'context': 2}),
+)
+
+
+@pytest.mark.parametrize(
+  ('name', 'mesh'),
+  [*_FAST, *(pytest.param(*c, marks=pytest.mark.slow) for c in _SLOW)],
+)
+def test_any_mesh_gives_the_loss_and_gradients_of_one_device(name, mesh):
+  (loss, metrics), grads = _loss_and_gradients(name, **mesh)
+  (one_loss, one_metrics), one_grads = _loss_and_gradients(name)
+  np.testing.assert_allclose(loss, one_loss, rtol=1e-6)
+  if 'moe/counts' in one_metrics:
+    np.testing.assert_array_equal(
+      metrics['moe/counts'], one_metrics['moe/counts']
+    )
+  metrics.pop('moe/overflow_tokens', None)
+  tiny.assert_trees_close(metrics, one_metrics, atol=2e-6)
   tiny.assert_trees_close(grads, one_grads, atol=2e-5)
-  assert all(np.any(g) for g in jax.tree.leaves(grads['params']))
+  assert all(np.any(g) for g in jax.tree.leaves(grads))
+
+
+def _collectives(name, **mesh):
+  """How often each kind of exchange stands in the compiled program."""
+  gradient, *args = _program(name, **mesh)
+  text = gradient.lower(*args).compile().as_text()
+  kinds = r' (all-\w+(?:-\w+)*|collective-\w+|reduce-scatter)(?:-start)?\('
+  return collections.Counter(re.findall(kinds, text))
+
+
+def test_data_parallel_devices_exchange_gradients_once_and_nothing_else():
+  found = _collectives('mla', data=2)
+  # Loss and metrics, and one for all gradients.
+  assert set(found) == {'all-reduce'} and found['all-reduce'] <= 4

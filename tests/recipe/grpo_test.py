@@ -32,9 +32,13 @@ def _programs() -> dict[str, Callable]:
   return {name: vars(source)[name] for name in names}
 
 
+def _mesh() -> jax.sharding.Mesh:
+  return mesh_lib.make_mesh(mesh_lib.MeshConfig(), jax.devices()[:1])
+
+
 @functools.cache
 def _logp() -> Callable:
-  return quick.jit(rollouts.make_logp(micro.model(), temperature=1.0))
+  return quick.jit(rollouts.make_logp(micro.model(), _mesh(), temperature=1.0))
 
 
 class _Recorded:
@@ -280,9 +284,8 @@ def test_loss_is_gain_plus_penalty_plus_balance(reduction):
   )
   loss, got = quick.jit(loss_fn)(variables, batch)
 
-  logp_BT = np.asarray(
-    quick.jit(rollouts.make_logp(config, temperature=1.3))(variables, batch)
-  )
+  logp = quick.jit(rollouts.make_logp(config, _mesh(), temperature=1.3))
+  logp_BT = np.asarray(logp(variables, batch))
   balance_LB = _balance(variables, batch)
   weight_B = batch.mask_BT.sum(1) / batch.num_tokens
   expected = 0.1 * float((balance_LB @ weight_B).sum())

@@ -77,11 +77,11 @@ def _trainer(tokens_BT, length_B, temperature):
     out = transformer.Transformer(_CONFIG).apply(
       variables, tokens_BT, segment_BT=segment_BT
     )
-    head_DV = transformer.head(variables['params'], _CONFIG)
+    head = transformer.head(variables['params'], _CONFIG)
     logp_BT, _ = token.next_token_logp(
-      out.hidden_BTD, head_DV, tokens_BT, temperature=temperature
+      out.hidden_BTD, head, tokens_BT, temperature=temperature
     )
-    return out.hidden_BTD @ head_DV, logp_BT
+    return head.logits(out.hidden_BTD), logp_BT
 
   width = np.arange(tokens_BT.shape[1])
   return run(tokens_BT, (width < length_B[:, None]).astype(np.int32))

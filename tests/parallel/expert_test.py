@@ -1,0 +1,200 @@
+"""Expert parallelism: what the layer computes on one device, at any skew."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from r1jax.model import config as model_config
+from r1jax.model import moe
+from r1jax.parallel import expert, sharding
+from r1jax.parallel import mesh as mesh_lib
+from tests import quick
+
+_R, _T, _D, _E, _F, _K = 4, 12, 6, 8, 5, 3  # T tokens a device.
+_CONFIG = model_config.MoeConfig(
+  num_experts=_E, top_k=_K, expert_dim=_F, num_shared=0, block=4
+)
+
+
+def _with_exchange(**changes):
+  return dataclasses.replace(
+    _CONFIG, exchange=model_config.ExchangeConfig(**changes)
+  )
+
+
+def _mesh():
+  config = mesh_lib.MeshConfig(data=1, expert=_R)
+  return mesh_lib.make_mesh(config, jax.devices()[:_R])
+
+
+def _inputs(skew):
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  favour_E = {
+    'even': np.zeros(_E),
+    'skewed': 3 * rng.normal(size=_E),
+    'one device': 99.0 * (np.arange(_E) // 2 == 2),  # And one expert more.
+    'one expert': 99.0 * (np.arange(_E) == 5),
+  }[skew]
+  chance = favour_E + rng.gumbel(size=(_R * _T, _E))
+  expert_TK = np.argsort(-chance, axis=1)[:, :_K].astype(np.int32)
+  weights = draw(_E, _D, _F), draw(_E, _D, _F), draw(_E, _F, _D)
+  tokens = draw(_R * _T, _D), expert_TK, draw(_R * _T, _K)
+  return (*tokens, weights), draw(_R * _T, _D)
+
+
+def _layer(config, x_TD, expert_TK, weight_TK, weights, pull_TD):
+  """Output, overflow and gradients of what a device has."""
+
+  def run(x_TD, weight_TK, weights):
+    return moe._run_experts(x_TD, expert_TK, weight_TK, weights, config)
+
+  out_TD, vjp, overflow = jax.vjp(run, x_TD, weight_TK, weights, has_aux=True)
+  return out_TD, overflow[None], vjp(pull_TD)
+
+
+@functools.cache
+def _programs(config):
+  """The layer on one device, and on four."""
+  over_experts = jax.sharding.NamedSharding(
+    _mesh(), jax.sharding.PartitionSpec('expert')
+  )
+  run = functools.partial(_layer, config)
+  shared = sharding.per_device(
+    run,
+    _mesh(),
+    ('rows', 'rows', 'rows', over_experts, 'rows'),
+    ('rows', 'rows', ('rows', 'rows', over_experts)),
+  )
+  return quick.jit(run), quick.jit(shared)
+
+
+@pytest.mark.parametrize('skew', ['even', 'skewed', 'one device', 'one expert'])
+def test_four_devices_compute_what_one_does_at_any_skew(skew):
+  args, pull_TD = _inputs(skew)
+  one, four = _programs(_CONFIG)
+  out_TD, _, grads = one(*args, pull_TD)
+  shared_TD, overflow_R, shared_grads = four(*args, pull_TD)
+  np.testing.assert_allclose(shared_TD, out_TD, atol=2e-5)
+  assert not np.any(overflow_R)
+  for a, b in zip(
+    jax.tree.leaves(shared_grads), jax.tree.leaves(grads), strict=True
+  ):
+    np.testing.assert_allclose(a, b, atol=5e-5)
+    assert np.abs(b).max() > 0.1
+
+
+def _emulated(
+  operand, output, in_offset, send, out_offset, received, *, axis_name
+):
+  """`jax.lax.ragged_all_to_all` of what everyone has, by its documentation."""
+  me = jax.lax.axis_index(axis_name)
+  everyone = functools.partial(jax.lax.all_gather, axis_name=axis_name)
+  rows_RN, in_RR, send_RR, out_RR = map(
+    everyone, (operand, in_offset, send, out_offset)
+  )
+  place_N = jnp.arange(len(output))
+  for source in range(_R):
+    k = place_N - out_RR[source, me]
+    is_sent = (k >= 0) & (k < send_RR[source, me])
+    row_N = jnp.clip(in_RR[source, me] + k, 0, len(operand) - 1)
+    shape = (-1, *(1,) * (operand.ndim - 1))
+    output = jnp.where(is_sent.reshape(shape), rows_RN[source, row_N], output)
+  del received
+  return output
+
+
+@pytest.mark.parametrize('receive_factor', ['worst', 1.0])
+@pytest.mark.parametrize('skew', ['even', 'one device'])
+def test_ragged_exchange_is_the_padded_one(skew, receive_factor, monkeypatch):
+  monkeypatch.setattr(jax.lax, 'ragged_all_to_all', _emulated)
+  args, pull_TD = _inputs(skew)
+  padded, ragged = (
+    _programs(_with_exchange(kind=kind, receive_factor=receive_factor))[1]
+    for kind in ('padded', 'ragged')
+  )
+  for a, b in zip(
+    jax.tree.leaves(ragged(*args, pull_TD)),
+    jax.tree.leaves(padded(*args, pull_TD)),
+    strict=True,
+  ):
+    np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_overflow_is_counted_and_spares_the_others():
+  args, pull_TD = _inputs('one device')
+  config = _with_exchange(receive_factor=0.5)
+  out_TD = _programs(_CONFIG)[0](*args, pull_TD)[0]
+  shared_TD, overflow_R, _ = _programs(config)[1](*args, pull_TD)
+  limits = expert.limits(
+    _T, num_ranks=_R, num_experts=_E, top_k=_K, receive_factor=0.5
+  )
+  # Device 2 is sent all 48 tokens.
+  assert limits.rows == 18 and limits.choices == 18
+  assert overflow_R.sum() >= _R * _T - limits.rows
+  differs_T = np.abs(np.asarray(shared_TD) - out_TD).max(1) > 1e-4
+  assert not differs_T[:9].any() and differs_T[limits.rows :].all()
+  assert np.isfinite(shared_TD).all()
+
+
+def test_enough_room_is_as_good_as_the_worst_case():
+  args, pull_TD = _inputs('even')
+  worst, roomy = (
+    _programs(_with_exchange(receive_factor=factor))[1](*args, pull_TD)
+    for factor in ('worst', 1.3)
+  )
+  assert not roomy[1].any()
+  np.testing.assert_allclose(roomy[0], worst[0], atol=1e-6)
+
+
+@functools.partial(quick.jit, static_argnames=('limits', 'num_local'))
+def _plans(expert_TK, limits, num_local):
+  plan = lambda e: jax.tree.map(
+    lambda x: x[None], expert.plan(e, num_local, limits)
+  )
+  return sharding.per_device(plan, _mesh(), ('rows',), 'rows')(expert_TK)
+
+
+@pytest.mark.parametrize('skew', ['even', 'skewed', 'one device'])
+def test_a_token_is_sent_once_to_each_device_that_it_needs(skew):
+  (_, expert_TK, *_), _ = _inputs(skew)
+  limits = expert.limits(
+    _T, num_ranks=_R, num_experts=_E, top_k=_K, receive_factor='worst'
+  )
+  plans = _plans(expert_TK, limits, _E // _R)
+  rank_RTK = (expert_TK // (_E // _R)).reshape(_R, _T, _K)
+  for r in range(_R):
+    sent = [set(rank_RTK[r, t]) for t in range(_T)]
+    count_R = [sum(to in s for s in sent) for to in range(_R)]
+    np.testing.assert_array_equal(plans.count_R[r], count_R)
+    expected = [t for to in range(_R) for t in range(_T) if to in sent[t]]
+    np.testing.assert_array_equal(plans.token_s[r][: len(expected)], expected)
+    assert (plans.token_s[r][len(expected) :] == _T).all()
+
+
+@pytest.mark.parametrize(
+  ('num_ranks', 'groups', 'most'),
+  [(8, (8, 4), 4), (16, (8, 4), 8), (4, (8, 4), 4), (8, (1, 1), 8)],
+)
+def test_group_limited_routing_bounds_the_destinations(num_ranks, groups, most):
+  limits = expert.limits(
+    100,
+    num_ranks=num_ranks,
+    num_experts=256,
+    top_k=8,
+    num_groups=groups[0],
+    top_groups=groups[1],
+    receive_factor=2.0,
+  )
+  assert limits.most_ranks == most
+  assert limits.rows == min(200 * most, 100 * num_ranks)
+  assert limits.choices == 1600
+
+
+def test_devices_that_do_not_divide_the_experts_are_refused():
+  with pytest.raises(ValueError, match='expert=3 does not divide 8 experts'):
+    expert.limits(4, num_ranks=3, num_experts=8, top_k=2, receive_factor=2.0)
