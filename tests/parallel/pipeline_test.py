@@ -442,7 +442,7 @@ def _model_functions(num_layers):
     norm = layers.RmsNorm(_MODEL.norm_eps, jnp.dtype(_MODEL.dtype))
     hidden_BTD = norm.apply({'params': ends['norm']}, x_BTD)
     logp_BT, _ = token.next_token_logp(
-      hidden_BTD, ends['head'], batch.tokens_BT
+      hidden_BTD, token.Head(ends['head']), batch.tokens_BT
     )
     loss = token.cross_entropy(logp_BT, batch.mask_BT, batch.num_tokens)
     return loss, {'next': loss}

@@ -94,9 +94,7 @@ def _gradient(num_microbatches: int = 1):
   loss_fn = pretrain.make_loss(
     micro.model(), mtp_coef=_MTP_COEF, balance_coef=_BALANCE_COEF
   )
-  gradient = step_lib._accumulate(
-    step_lib._make_gradient(loss_fn), num_microbatches
-  )
+  gradient = step_lib.make_gradient(loss_fn, num_microbatches=num_microbatches)
   return quick.jit(gradient)(micro.variables(micro.model()), _batch())
 
 
