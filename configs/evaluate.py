@@ -6,6 +6,8 @@
 
 import ml_collections
 
+from configs import mesh
+
 
 def get_config() -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(
@@ -25,6 +27,6 @@ def get_config() -> ml_collections.ConfigDict:
       'max_new_tokens': 164,
       'sampling': {'temperature': 1.0, 'top_k': 0, 'top_p': 1.0},
       'batch_size': 1000,  # Completions sampled at once.
-      'mesh': {'data': -1, 'fsdp': 1},  # All devices.
+      'mesh': mesh.get_config(),
     }
   )

@@ -11,7 +11,7 @@ arXiv:2501.12948v2, supplement; lengths are ours.
 
 import ml_collections
 
-from configs import r1_zero
+from configs import mesh, r1_zero
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -42,5 +42,5 @@ def get_config() -> ml_collections.ConfigDict:
   config.train.checkpoint_every = 50
   config.train.eval_every = 100
   config.train.reference_every = 400
-  config.mesh = {'data': 1, 'fsdp': -1}
+  config.mesh = mesh.get_config(data=1, fsdp=-1)
   return config

@@ -9,6 +9,7 @@ part, so that the base knows how to reason but seldom does. All numbers ours.
 
 import ml_collections
 
+from configs import mesh
 from configs.model import tiny
 
 
@@ -44,7 +45,7 @@ def get_config() -> ml_collections.ConfigDict:
         'eval_every': 500,  # steps
         'reference_every': 0,
       },
-      'mesh': {'data': -1, 'fsdp': 1},  # All devices.
+      'mesh': mesh.get_config(),
       'init_from': '',
     }
   )

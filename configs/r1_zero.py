@@ -9,6 +9,8 @@ is marked, the rest is ours.
 
 import ml_collections
 
+from configs import mesh
+
 
 def get_config() -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(
@@ -67,6 +69,6 @@ def get_config() -> ml_collections.ConfigDict:
         'eval_every': 60,
         'reference_every': 80,  # R1-Zero: 400 of 10,400 steps.
       },
-      'mesh': {'data': -1, 'fsdp': 1},  # All devices.
+      'mesh': mesh.get_config(),
     }
   )

@@ -12,6 +12,8 @@ stated, ours is R1's.
 
 import ml_collections
 
+from configs import mesh
+
 
 def get_config(of: str = 'r1') -> ml_collections.ConfigDict:
   peak, final = {'r1': (5e-5, 5e-6), 'v3': (5e-6, 1e-6)}[of]
@@ -53,6 +55,6 @@ def get_config(of: str = 'r1') -> ml_collections.ConfigDict:
         'eval_every': 100,
         'reference_every': 0,
       },
-      'mesh': {'data': 1, 'fsdp': -1},
+      'mesh': mesh.get_config(data=1, fsdp=-1),
     }
   )

@@ -6,7 +6,7 @@
 
 import ml_collections
 
-from configs import sft
+from configs import mesh, sft
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -42,5 +42,5 @@ def get_config() -> ml_collections.ConfigDict:
   config.train.num_steps = 150
   config.train.eval_every = 50
   config.train.checkpoint_every = 50
-  config.mesh = {'data': -1, 'fsdp': 1}
+  config.mesh = mesh.get_config()
   return config

@@ -191,7 +191,13 @@ def _guard(main: Callable[[], None]) -> int:
   except KeyboardInterrupt:
     return _fail('interrupted', 130)
   except Exception as e:
-    if _is_non_finite(e):
+    if _is_a('r1jax.train.interrupt', 'Preempted', e):
+      print(e, file=sys.stderr, flush=True)
+      return 0
+    if any(
+      _is_a('r1jax.train.loop', name, e)
+      for name in ('NonFiniteError', 'ExpertOverflowError')
+    ):
       return _fail(_one_line(e), 1)
     full = _find_os_error(e, _NO_SPACE)
     if full is not None or 'No space left on device' in str(e):
@@ -251,10 +257,10 @@ def _fail(message: str, code: int, *, debug: bool | None = None) -> int:
   return code
 
 
-def _is_non_finite(e: Exception) -> bool:
-  # The loop is loaded if it raised; importing it here would import jax.
-  loop = sys.modules.get('r1jax.train.loop')
-  return loop is not None and isinstance(e, loop.NonFiniteError)
+def _is_a(module: str, name: str, e: Exception) -> bool:
+  # The module is loaded if it raised; importing it here would import jax.
+  module = sys.modules.get(module)
+  return module is not None and isinstance(e, getattr(module, name))
 
 
 def _find_os_error(e: BaseException, codes: tuple[int, ...]) -> OSError | None:

@@ -14,6 +14,7 @@ from r1jax import config as config_lib
 from r1jax.data import corpus, tokenizer
 from r1jax.data.tasks import arithmetic
 from r1jax.model import config as model_config
+from r1jax.parallel import mesh
 from r1jax.recipe import demo, evaluation, grpo, pretrain, sft
 from r1jax.sampling import stream
 
@@ -25,6 +26,7 @@ _FILES = sorted(
 )
 # A key that only this kind of config, or one above it, has at its top.
 _CLASSES = {
+  'num_slices': mesh.MeshConfig,
   'r1_zero': demo.DemoConfig,
   'rollout': grpo.GrpoConfig,
   'num_samples': evaluation.EvaluateConfig,

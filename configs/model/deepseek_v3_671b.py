@@ -6,6 +6,8 @@ Source: DeepSeek-V3, arXiv:2412.19437, §4.2, and the released config.json.
 
 import ml_collections
 
+from configs import mesh
+
 
 def get_config() -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(
@@ -48,6 +50,7 @@ def get_config() -> ml_collections.ConfigDict:
         'scale': 2.5,
         'implementation': 'grouped',  # ours, as 'block'.
         'block': 128,  # Rows.
+        'exchange': mesh.get_exchange(),
       },
       'mtp_depth': 1,
       'norm_eps': 1e-6,

@@ -6,6 +6,8 @@ stands in deepseek_v3_671b.py.
 
 import ml_collections
 
+from configs import mesh
+
 
 def get_config() -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(
@@ -32,6 +34,7 @@ def get_config() -> ml_collections.ConfigDict:
         'scale': 2.5,  # As V3.
         'implementation': 'xla',  # 'grouped' on an accelerator.
         'block': 32,  # Rows.
+        'exchange': mesh.get_exchange(),
       },
       'mtp_depth': 1,  # As V3.
       'init_std': 0.02,  # ours: V3's 0.006 suits its width, not this one.

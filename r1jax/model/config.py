@@ -242,12 +242,19 @@ class ExchangeConfig:
   """
 
   kind: Literal['padded', 'ragged'] = 'padded'
-  receive_factor: Literal['worst'] | float = 'worst'
+  receive_factor: str | float = 'worst'
   on_overflow: Literal['stop', 'drop'] = 'stop'
   fp8: bool = False
 
   def __post_init__(self):
     if self.receive_factor != 'worst':
+      try:  # A flag gives a number as text.
+        factor = float(self.receive_factor)
+      except ValueError as e:
+        raise ValueError(
+          f"receive_factor={self.receive_factor!r} must be 'worst' or a number"
+        ) from e
+      object.__setattr__(self, 'receive_factor', factor)
       config_lib.check_positive(self, 'receive_factor')
     for name, valid in (
       ('kind', ('padded', 'ragged')),

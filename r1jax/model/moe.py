@@ -124,7 +124,14 @@ def _run_experts(x_TD, expert_TK, weight_TK, weights, config):
   )
   plan = expert_parallel.plan(expert_TK, num_local, limits)
   x_ND, expert_NK, weight_NK = expert_parallel.send(
-    x_TD, expert_TK, weight_TK, plan, limits, num_local, c.exchange.kind
+    x_TD,
+    expert_TK,
+    weight_TK,
+    plan,
+    limits,
+    num_local,
+    c.exchange.kind,
+    in_fp8=c.exchange.fp8,
   )
   y_ND = run(
     x_ND,

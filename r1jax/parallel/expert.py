@@ -18,6 +18,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from r1jax import fp8
+
 AXIS = 'expert'
 
 
@@ -170,6 +172,8 @@ def send(
   limits: Limits,
   num_local: int,
   implementation: str,
+  *,
+  in_fp8: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Sends tokens, and with them which experts they go to with which weights.
 
@@ -181,6 +185,8 @@ def send(
     limits: Sizes.
     num_local: Experts of one device.
     implementation: See `dispatch`.
+    in_fp8: Tokens travel as `fp8.quantize_tiles`, scales powers of two; their
+      gradient does not.
 
   Returns:
     Rows [N, D], the choices [N, K] numbered over this device's experts, with
@@ -199,8 +205,9 @@ def send(
   is_here_NK = (expert_NK >= 0) & (expert_NK < num_local)
   row_N1 = jnp.arange(limits.rows)[:, None]
   is_here_NK &= row_N1 < plan.received_R.sum()
+  send_rows = _dispatch_fp8 if in_fp8 else dispatch
   return (
-    exchange(x_TD),
+    send_rows(x_TD, plan, limits, implementation),
     jnp.where(is_here_NK, expert_NK, num_local),
     jnp.where(is_here_NK, weight_NK, 0.0),
   )
@@ -267,6 +274,21 @@ dispatch.defvjp(
 combine.defvjp(
   lambda y, plan, *static: (combine(y, plan, *static), plan),
   lambda *args: (dispatch(args[-1], args[-2], *args[:-2]), None),
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _dispatch_fp8(x_TD, plan, limits, implementation):
+  q_TD, scale_Tt = fp8.quantize_tiles(x_TD, power_of_two=True)
+  q_ND, scale_Nt = (
+    dispatch(rows, plan, limits, implementation) for rows in (q_TD, scale_Tt)
+  )
+  return fp8.dequantize_tiles(q_ND, scale_Nt, x_TD.dtype)
+
+
+_dispatch_fp8.defvjp(
+  lambda x, plan, *static: (_dispatch_fp8(x, plan, *static), plan),
+  lambda *args: (combine(args[-1], args[-2], *args[:-2]), None),
 )
 
 

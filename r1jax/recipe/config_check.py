@@ -41,3 +41,16 @@ def check_length(
     raise config_lib.UserError(
       f'{name} = {tokens} tokens exceeds model.max_length={model.max_length}'
     )
+
+
+def check_context(name: str, tokens: int, mesh: jax.sharding.Mesh) -> None:
+  """Rows must divide over the devices that share their length.
+
+  Raises:
+    UserError: They do not.
+  """
+  parts = mesh.shape['context']
+  if tokens % parts:
+    raise config_lib.UserError(
+      f'{name}={tokens} must be a multiple of mesh.context={parts}'
+    )

@@ -330,7 +330,7 @@ def balance(
   balance_LB = out.balance_B
   metrics['moe/counts'] = out.counts_E
   if sharding.axis_size('expert') > 1:
-    metrics['moe/overflow_tokens'] = out.overflow.sum()
+    metrics[step_lib.OVERFLOW] = out.overflow.sum()
   weight_B = batch.mask_BT.sum(1) / batch.num_tokens
   total = jnp.einsum('LB,B->', balance_LB, weight_B)
   metrics['moe/balance_loss'] = total / balance_LB.shape[0]

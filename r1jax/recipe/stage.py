@@ -153,6 +153,10 @@ class Stage:
       schedule=optimizer.make_schedule(self.optim, self.train.num_steps),
       mesh=self.mesh,
       shardings=self.shardings,
+      stop_on_overflow=(
+        self.model.moe is not None
+        and self.model.moe.exchange.on_overflow == 'stop'
+      ),
     )
     shardings = jax.tree.map(lambda s: s.sharding, self.abstract_state())
     return jax.jit(
@@ -276,6 +280,7 @@ def run(
         source,
         num_steps=train.num_steps,
         hooks=hooks,
+        save=save,
         write=write,
       )
       checkpoints.wait()

@@ -6,21 +6,49 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+from jax.experimental import multihost_utils
+
+
+class Preempted(Exception):
+  """The run was told to end, and has saved what it had."""
+
+
+class Termination:
+  """Whether a SIGTERM came, for all processes of a run at the same step."""
+
+  def __init__(self):
+    self.received = False
+
+  def is_due(self, step: int) -> bool:
+    """Says whether to save after this step and end; ask after every step."""
+    if jax.process_count() == 1:
+      return self.received
+    return multihost_utils.reached_preemption_sync_point(step)
+
 
 @contextlib.contextmanager
-def on_sigterm() -> Iterator[None]:
-  """Lets SIGTERM unwind the program as Ctrl-C does, so that saves finish."""
-  if threading.current_thread() is not threading.main_thread():
-    yield
+def on_sigterm() -> Iterator[Termination]:
+  """Notes a SIGTERM, as machines that are taken away send it.
+
+  A second one unwinds the program as Ctrl-C does. With several processes it
+  is jax that listens, and they agree on a step.
+  """
+  termination = Termination()
+  is_main = threading.current_thread() is threading.main_thread()
+  if not is_main or jax.process_count() > 1:
+    yield termination
     return
 
-  def interrupt(signum: int, frame: Any) -> None:
+  def note(signum: int, frame: Any) -> None:
     del signum, frame
-    raise KeyboardInterrupt('SIGTERM')
+    if termination.received:
+      raise KeyboardInterrupt('SIGTERM')
+    termination.received = True
 
-  before = signal.signal(signal.SIGTERM, interrupt)
+  before = signal.signal(signal.SIGTERM, note)
   try:
-    yield
+    yield termination
   finally:
     signal.signal(signal.SIGTERM, before)
 

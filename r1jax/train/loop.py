@@ -21,6 +21,10 @@ class NonFiniteError(config.UserError):
   """The loss or the gradient norm of a step is not finite."""
 
 
+class ExpertOverflowError(config.UserError):
+  """Experts were sent more tokens than their devices have room for."""
+
+
 class Source(Protocol):
   """Where batches come from; its state makes a resumed run bit-identical."""
 
@@ -87,13 +91,14 @@ def fit(
   *,
   num_steps: int,
   hooks: Sequence[Hook] = (),
+  save: Callable[[int, state_lib.State], None] | None = None,
   write: Write,
 ) -> state_lib.State:
   """Runs to num_steps; hooks see (step, state) once its metrics are finite.
 
   Each step is reported once, after the next one was dispatched. Hooks run in
-  order: put the save last, so that what the others wrote belongs to it. A
-  SIGTERM is raised as KeyboardInterrupt, between two steps or inside one.
+  order: put the save last, so that what the others wrote belongs to it. After
+  a SIGTERM the step is finished and saved.
 
   Args:
     state: Where to start; given away to the jitted, donating `train_step`.
@@ -101,14 +106,16 @@ def fit(
     source: Batches.
     num_steps: Last step to run; nothing happens if the state is there already.
     hooks: Called after the steps at which they are due.
+    save: Called after the step at which a SIGTERM came, unless a hook was.
     write: Takes (step, metrics): floats, or numpy arrays of rank 1 and more.
 
   Raises:
     NonFiniteError: Before a hook sees the state of such a step.
+    Preempted: After a SIGTERM.
   """
   report = _Reporter(write)
   pending = None
-  with interrupt.on_sigterm():
+  with interrupt.on_sigterm() as termination:
     for step in range(int(state.step) + 1, num_steps + 1):
       batch = source.next(state)  # GRPO samples from state.variables here.
       state, metrics = train_step(state, batch)  # Returns before it ran.
@@ -116,12 +123,20 @@ def fit(
         report(*pending)
       pending = (step, metrics, batch.num_tokens)
       due = [hook for hook in hooks if hook.due(step)]
+      is_over = termination.is_due(step) and step < num_steps
+      if is_over and save is not None:
+        due = [save]
       if due:
         report(*pending)  # Raises on a non-finite loss, before a save.
         pending = None
         for hook in due:
           hook(step, state)
         report.restart_clock()
+      if is_over:
+        raise interrupt.Preempted(
+          f'stopped after step {step}, as told by SIGTERM; run the same '
+          'command again to go on'
+        )
     if pending is not None:
       report(*pending)
   return state
@@ -155,6 +170,12 @@ class _Reporter:
           f'{name} is {row[name]} at step {step}; the run stops here, its '
           'last checkpoint is kept'
         )
+    if row.get(step_lib.SKIPPED):
+      raise ExpertOverflowError(
+        f'{step_lib.OVERFLOW} is {row[step_lib.OVERFLOW]:.0f} at step {step}; '
+        'the run stops here, its last checkpoint is kept: raise '
+        "model.moe.exchange.receive_factor, or set on_overflow='drop'"
+      )
 
   def restart_clock(self) -> None:
     """Leaves the time of the hooks out of the next step's."""

@@ -12,6 +12,11 @@ from r1jax.parallel import sharding
 from r1jax.train import state as state_lib
 
 Metrics = dict[str, jax.Array]
+
+# Metrics: choices of experts that found no room, and whether the step was for
+# that reason left out.
+OVERFLOW = 'moe/overflow_tokens'
+SKIPPED = 'train/skipped'
 LossFn = Callable[[state_lib.Variables, Any], tuple[jax.Array, Metrics]]
 TrainStep = Callable[[state_lib.State, Any], tuple[state_lib.State, Metrics]]
 
@@ -26,6 +31,7 @@ def make_train_step(
   schedule: optax.Schedule | None = None,
   mesh: jax.sharding.Mesh | None = None,
   shardings: Any = None,
+  stop_on_overflow: bool = False,
 ) -> TrainStep:
   """Returns (state, batch) -> (state, metrics); jit it with donate_argnums=0.
 
@@ -45,6 +51,7 @@ def make_train_step(
     schedule: Learning rate by count, shown as train/lr.
     mesh: Devices; each computes the gradient of its own rows.
     shardings: Of the variables on them.
+    stop_on_overflow: A step with overflow counts as one that is not finite.
   """
   optimizer = optax.with_extra_args_support(optimizer)
   gradient = make_gradient(
@@ -79,6 +86,10 @@ def make_train_step(
     if schedule is not None:
       metrics['train/lr'] = schedule(state.step)
     is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    if stop_on_overflow and OVERFLOW in metrics:
+      fits = metrics[OVERFLOW] == 0
+      metrics[SKIPPED] = ~fits
+      is_finite &= fits
     with jax.named_scope('update'):
       # cond, not where: the update stays in place in the donated buffers
       # (on CPU 7 ms against 37 ms for 4.6 M parameters).

@@ -1,4 +1,4 @@
-"""The real programs killed with SIGKILL and started again: the same losses."""
+"""The real programs killed and started again: the same losses."""
 
 import os
 import pathlib
@@ -111,6 +111,32 @@ def test_pretraining_killed_during_a_save_and_at_a_random_moment(
   assert losses == _losses(base)
   steps = [row['step'] for row in losses if 'train/loss' in row]
   assert steps == list(range(1, 61))
+
+
+def test_a_machine_that_is_taken_away_saves_and_another_shape_goes_on(
+  base, tmp_path
+):
+  workdir = tmp_path / 'base'
+  name, workdir, changes = _arguments(_BASE, workdir)
+  process = _start(name, workdir, changes)
+  while process.poll() is None and _last_step(workdir) < 13:
+    time.sleep(0.001)
+  start = time.monotonic()
+  process.send_signal(signal.SIGTERM)
+  out, _ = process.communicate(timeout=60)
+  assert process.returncode == 0, out
+  assert time.monotonic() - start < 30  # The least grace period there is.
+  (line,) = [x for x in out.splitlines() if 'told by SIGTERM' in x]
+  step = int(line.split('after step ')[1].split(',')[0])
+  assert step >= 13 and (workdir / 'checkpoints' / str(step)).exists()
+  # Saved on two devices that had half of the experts each, or all of them.
+  out = _run(name, workdir, (*changes, 'mesh.data=1', 'mesh.expert=2'))
+  assert f'going on from step {step}' in out
+  for row, expected in zip(_losses(workdir), _losses(base), strict=True):
+    assert row['step'] == expected['step']
+    if 'train/loss' in expected:
+      loss = expected['train/loss']
+      assert abs(row['train/loss'] - loss) < 1e-4 * loss
 
 
 def test_grpo_killed_between_two_minibatches_of_a_rollout(tmp_path):

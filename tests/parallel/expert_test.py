@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from r1jax import fp8
 from r1jax.model import config as model_config
 from r1jax.model import moe
 from r1jax.parallel import expert, sharding
@@ -198,3 +199,21 @@ def test_group_limited_routing_bounds_the_destinations(num_ranks, groups, most):
 def test_devices_that_do_not_divide_the_experts_are_refused():
   with pytest.raises(ValueError, match='expert=3 does not divide 8 experts'):
     expert.limits(4, num_ranks=3, num_experts=8, top_k=2, receive_factor=2.0)
+
+
+@pytest.mark.parametrize('kind', ['padded', 'ragged'])
+def test_fp8_rows_are_rounded_once_and_their_gradient_is_not(kind, monkeypatch):
+  monkeypatch.setattr(jax.lax, 'ragged_all_to_all', _emulated)
+  (x_TD, *rest), pull_TD = _inputs('skewed')
+  rounded_TD = fp8.dequantize_tiles(
+    *fp8.quantize_tiles(x_TD, power_of_two=True), jnp.float32
+  )
+  assert 1e-3 < np.abs(rounded_TD - x_TD).max() < 0.2
+  program = _programs(_with_exchange(kind=kind, fp8=True))[1]
+  out_TD, _, grads = program(x_TD, *rest, pull_TD)
+  expected_TD, _, expected = _programs(_CONFIG)[0](rounded_TD, *rest, pull_TD)
+  np.testing.assert_allclose(out_TD, expected_TD, atol=2e-5)
+  for a, b in zip(
+    jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True
+  ):
+    np.testing.assert_allclose(a, b, atol=5e-5)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from configs import mesh as mesh_config
 from r1jax.data import question, tokenizer
 from r1jax.model import config as model_config
 from r1jax.model import transformer
@@ -90,7 +91,7 @@ def pretrain_dict(**changes) -> dict[str, Any]:
     'mtp_coef': 0.3,
     'optim': _optim(3e-3),
     'train': _train(3),
-    'mesh': {'data': -1, 'fsdp': 1},
+    'mesh': mesh_config.get_config().to_dict(),
     'init_from': '',
   }
   return _changed(values, changes)
@@ -109,7 +110,7 @@ def grpo_dict(init_from: str, /, **changes) -> dict[str, Any]:
     'loss': dataclasses.asdict(policy_loss()),
     'optim': _optim(1e-2),
     'train': _train(3),
-    'mesh': {'data': -1, 'fsdp': 1},
+    'mesh': mesh_config.get_config().to_dict(),
   }
   return _changed(values, changes)
 

@@ -1,12 +1,15 @@
 """Who sees which step when, and what stops the loop."""
 
+import dataclasses
 import os
 import signal
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r1jax.train import loop
+from r1jax.train import interrupt, loop
+from r1jax.train import step as step_lib
 from tests.train import toy
 
 
@@ -26,13 +29,23 @@ class _Log:
     self.events.append(('hook', step))
 
 
-def _fit(log, *, num_steps=5, hooks=(), state=None, train_step=None, **source):
+def _fit(
+  log,
+  *,
+  num_steps=5,
+  hooks=(),
+  save=None,
+  state=None,
+  train_step=None,
+  **source,
+):
   return loop.fit(
     toy.make_state() if state is None else state,
     train_step or toy.make_step(),
     toy.Source(0, **source),
     num_steps=num_steps,
     hooks=hooks,
+    save=save,
     write=log.write,
   )
 
@@ -93,9 +106,60 @@ def test_a_non_finite_step_stops_the_run_before_a_save(bad_step):
   assert hooked == list(range(1, bad_step))
 
 
-def test_sigterm_becomes_an_interrupt_and_the_old_handler_returns():
-  before = signal.getsignal(signal.SIGTERM)
-  terminate = lambda step, state: os.kill(os.getpid(), signal.SIGTERM)
-  with pytest.raises(KeyboardInterrupt):
-    _fit(_Log(), hooks=[loop.Every(2, terminate)])
+def _terminate(step, state):
+  del step, state
+  os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_after_a_sigterm_the_step_is_saved_and_the_old_handler_returns():
+  before, log = signal.getsignal(signal.SIGTERM), _Log()
+  saved = []
+  with pytest.raises(interrupt.Preempted, match='stopped after step 3'):
+    _fit(
+      log,
+      hooks=[loop.Every(2, _terminate)],
+      save=lambda step, state: saved.append((step, int(state.step))),
+    )
+  # It came after step 2, the next one was the last.
+  assert saved == [(3, 3)]
+  assert [step for kind, step in log.events if kind == 'report'][-1] == 3
   assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_sigterm_becomes_an_interrupt():
+  before = signal.getsignal(signal.SIGTERM)
+  twice = lambda *args: (_terminate(*args), _terminate(*args))
+  with pytest.raises(KeyboardInterrupt):
+    _fit(_Log(), hooks=[loop.Every(2, twice)])
+  assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_overflow_leaves_the_step_out_and_stops_the_run():
+  def loss_fn(variables, batch):
+    loss, metrics = toy.loss_fn(variables, batch)
+    overflow = jnp.where(batch.num_tokens == 8, 0.0, 3.0)
+    return loss, metrics | {step_lib.OVERFLOW: overflow}
+
+  class Source(toy.Source):
+    def next(self, state):
+      batch = super().next(state)
+      tokens = np.float32(8 + (self._step == 3))
+      return dataclasses.replace(batch, num_tokens=tokens)
+
+  def run(stop_on_overflow, log):
+    train_step = toy.make_step(
+      loss_fn=loss_fn, stop_on_overflow=stop_on_overflow
+    )
+    return loop.fit(
+      toy.make_state(), train_step, Source(0), num_steps=4,
+      hooks=[loop.Every(1, log.hook)], write=log.write,
+    )  # fmt: skip
+
+  log = _Log()
+  message = 'moe/overflow_tokens is 3 at step 3; .*receive_factor, or set'
+  with pytest.raises(loop.ExpertOverflowError, match=message):
+    run(True, log)
+  assert [s for kind, s in log.events if kind == 'hook'] == [1, 2]
+  log = _Log()
+  assert int(run(False, log).step) == 4
+  assert log.rows[3][step_lib.OVERFLOW] == 3

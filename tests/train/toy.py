@@ -104,7 +104,7 @@ def abstract_state(shardings=None, **options) -> state_lib.State:
 
 
 @functools.cache
-def make_step(**options) -> step_lib.TrainStep:
+def make_step(loss_fn=loss_fn, **options) -> step_lib.TrainStep:
   step = step_lib.make_train_step(
     loss_fn, make_optimizer(), update_router=update_router, **options
   )
