@@ -105,7 +105,12 @@ def _emulated(
     row_N = jnp.clip(in_RR[source, me] + k, 0, len(operand) - 1)
     shape = (-1, *(1,) * (operand.ndim - 1))
     output = jnp.where(is_sent.reshape(shape), rows_RN[source, row_N], output)
-  del received
+  # What it demands: both sides agree, and rows stay inside the result.
+  agrees = jnp.all(received == send_RR[:, me])
+  fits = jnp.all(out_RR[:, me] + send_RR[:, me] <= len(output))
+  poison = jnp.where(agrees & fits, 0, jnp.nan)
+  if jnp.issubdtype(output.dtype, jnp.floating):
+    output += poison.astype(output.dtype)
   return output
 
 

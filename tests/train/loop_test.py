@@ -4,6 +4,7 @@ import dataclasses
 import os
 import signal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -160,6 +161,15 @@ def test_overflow_leaves_the_step_out_and_stops_the_run():
   with pytest.raises(loop.ExpertOverflowError, match=message):
     run(True, log)
   assert [s for kind, s in log.events if kind == 'hook'] == [1, 2]
+  # As after a non-finite step, nothing but the step number has changed.
+  source, before = Source(0), toy.make_state()
+  kept = jax.tree.map(np.array, before.variables)
+  batch = [source.next(None) for _ in range(3)][-1]
+  after, _ = toy.make_step(loss_fn=loss_fn, stop_on_overflow=True)(
+    before, batch
+  )
+  jax.tree.map(np.testing.assert_array_equal, after.variables, kept)
+  assert int(after.step) == 1
   log = _Log()
   assert int(run(False, log).step) == 4
   assert log.rows[3][step_lib.OVERFLOW] == 3
