@@ -55,6 +55,32 @@ _COMPILATION_CACHE = flags.DEFINE_string(
   '$JAX_COMPILATION_CACHE_DIR, or r1jax/jax in the cache folder of the user.',
 )
 
+_DISTRIBUTED = flags.DEFINE_bool(
+  'distributed',
+  False,
+  'One process of several: start the same command in each. On TPU pods, '
+  'Kubernetes and Slurm they find each other; elsewhere give the next three.',
+)
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator_address',
+  None,
+  'HOST:PORT of process 0; default $JAX_COORDINATOR_ADDRESS.',
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+  'num_processes', None, 'Processes of the run.', 1
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  'process_id', None, 'Which of them this is, from 0 on.', 0
+)
+_SIGTERM_EXIT_CODE = flags.DEFINE_integer(
+  'sigterm_exit_code',
+  0,
+  'Exit code after a SIGTERM, when all is saved. Where 0 would count as '
+  'finished, give another.',
+  0,
+  255,
+)
+
 
 def load(cls: type[T]) -> T:
   """Returns the config of the command line as the frozen dataclass `cls`.
@@ -127,6 +153,7 @@ def set_up_jax(*, default_host_devices: int | None = None) -> None:
   if count is not None:
     jax.config.update('jax_num_cpu_devices', count)
   jax.config.update('jax_compilation_cache_dir', _compilation_cache())
+  _join_processes()
   try:
     devices = jax.devices()
   except RuntimeError as e:
@@ -138,6 +165,40 @@ def set_up_jax(*, default_host_devices: int | None = None) -> None:
     file=sys.stderr,
     flush=True,
   )
+
+
+def _join_processes() -> None:
+  """Makes this one of several processes, if the flags say so.
+
+  Raises:
+    UserError: The flags do not fit each other, or nobody answers.
+  """
+  import jax
+
+  given = {
+    'coordinator_address': _COORDINATOR.value,
+    'num_processes': _NUM_PROCESSES.value,
+    'process_id': _PROCESS_ID.value,
+  }
+  missing = [name for name, value in given.items() if value is None]
+  if len(missing) == len(given) and not _DISTRIBUTED.value:
+    return
+  if 0 < len(missing) < len(given):
+    raise config.UserError(
+      f'--{missing[0]} is missing: --coordinator_address, --num_processes and '
+      '--process_id go together'
+    )
+  if not missing and given['process_id'] >= given['num_processes']:
+    raise config.UserError(
+      f'--process_id={given["process_id"]} must be less than '
+      f'--num_processes={given["num_processes"]}'
+    )
+  try:
+    jax.distributed.initialize(**given)
+  except (RuntimeError, ValueError) as e:
+    raise config.UserError(
+      f'cannot join the other processes: {_one_line(e)}'
+    ) from e
 
 
 def num_host_devices() -> int:
@@ -193,7 +254,7 @@ def _guard(main: Callable[[], None]) -> int:
   except Exception as e:
     if _is_a('r1jax.train.interrupt', 'Preempted', e):
       print(e, file=sys.stderr, flush=True)
-      return 0
+      return _SIGTERM_EXIT_CODE.value
     if any(
       _is_a('r1jax.train.loop', name, e)
       for name in ('NonFiniteError', 'ExpertOverflowError')

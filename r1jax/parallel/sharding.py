@@ -401,6 +401,20 @@ def sum_over_processes(x: np.ndarray) -> np.ndarray:
   return multihost_utils.process_allgather(x).sum(axis=0)
 
 
+def first_says(value: int) -> int:
+  """The value that process 0 has, on all of them; all must ask."""
+  if jax.process_count() == 1:
+    return value
+  return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def to_host(tree: Any) -> Any:
+  """Whole arrays on the host of every process; all must ask."""
+  if jax.process_count() == 1:
+    return jax.device_get(tree)
+  return multihost_utils.process_allgather(tree, tiled=True)
+
+
 def num_batch_shards(mesh: Mesh) -> int:
   return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 

@@ -280,7 +280,9 @@ class GrpoSource:
         ref_logp_BT = self._logp(
           state.reference, sharding.put_batch(self._mesh, batch)
         )
-        batch = dataclasses.replace(batch, ref_logp_BT=np.asarray(ref_logp_BT))
+        batch = dataclasses.replace(
+          batch, ref_logp_BT=sharding.to_host(ref_logp_BT)
+        )
       minibatches.append(batch)
     metrics = self._metrics(merged, score, np.concatenate(informative))
     metrics['rl/reward_trained'] = score['reward'][groups].mean()
@@ -310,7 +312,7 @@ class GrpoSource:
     key = jax.random.fold_in(self._key, index)
     rollout = self._generate(variables, prompt_BT, length_B, key)
     score = self._score(rollout, questions)
-    rollout, score = jax.device_get((rollout, score))
+    rollout, score = sharding.to_host((rollout, score))
     score['reward'] = (
       c.accuracy_weight * score['accuracy'] + c.format_weight * score['format']
     )
@@ -335,7 +337,7 @@ class GrpoSource:
     """How far the sampler's log-probs are from the trainer's."""
     logp_BT = self._logp(variables, sharding.put_batch(self._mesh, batch))
     kept = batch.mask_BT > 0
-    gap = (np.asarray(logp_BT) - batch.old_logp_BT)[kept]
+    gap = (sharding.to_host(logp_BT) - batch.old_logp_BT)[kept]
     ratio = np.exp(gap)
     return {
       'rl/gap_mean': np.abs(gap).mean(),

@@ -219,7 +219,8 @@ def run(
   shown = progress.Progress(train.num_steps, title=stage.title)
   start = time.perf_counter()
   state = None
-  if stage.init_from and not (stage.workdir / 'config.json').exists():
+  is_new = not (stage.workdir / 'config.json').exists()
+  if stage.init_from and sharding.first_says(is_new):
     # Before the workdir is claimed: a wrong `init_from` must leave nothing.
     state = stage.new_state(shown.say)
   resumed = workdir_lib.prepare(stage.workdir, resolved, may_differ=MAY_DIFFER)

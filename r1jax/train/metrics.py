@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 import tensorboardX
 from etils import epath
@@ -22,7 +23,8 @@ class MetricWriter:
   One line of metrics.jsonl is {"step": 7, "train/loss": 2.5, …}; a number
   that is not finite is written as null. A step may have several lines
   (training, evaluation). On a local file system lines are appended as they
-  come; elsewhere they wait for the next `checkpoint`.
+  come; elsewhere they wait for the next `checkpoint`. Of several processes
+  only the first writes.
   """
 
   def __init__(self, workdir: epath.PathLike, *, start_step: int = 0):
@@ -32,6 +34,9 @@ class MetricWriter:
       workdir: Any path etils.epath knows; created if it is not there.
       start_step: Step the run goes on from; 0 for a new run.
     """
+    self._is_writer = jax.process_index() == 0
+    if not self._is_writer:
+      return
     self._workdir = epath.Path(workdir)
     self._workdir.mkdir(parents=True, exist_ok=True)
     self._path = self._workdir / _FILE
@@ -49,6 +54,8 @@ class MetricWriter:
 
   def write(self, step: int, metrics: Mapping[str, Any]) -> None:
     """Adds the scalars of a step."""
+    if not self._is_writer:
+      return
     scalars = {k: float(v) for k, v in metrics.items() if np.ndim(v) == 0}
     record = {'step': step} | {
       k: v if math.isfinite(v) else None for k, v in scalars.items()
@@ -62,6 +69,8 @@ class MetricWriter:
 
   def checkpoint(self) -> None:
     """Rewrites metrics.jsonl whole; call it before a save of the same step."""
+    if not self._is_writer:
+      return
     if self._file is not None:
       self._file.close()
     workdir_lib.write_text(self._path, ''.join(self._lines))
@@ -75,6 +84,8 @@ class MetricWriter:
 
   def close(self) -> None:
     """Writes what is left and closes the files."""
+    if not self._is_writer:
+      return
     self.checkpoint()
     if self._file is not None:
       self._file.close()

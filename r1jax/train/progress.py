@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from rich import console as rich_console
 from rich import markup
@@ -37,7 +38,8 @@ class Progress:
     self._title = title
     self._shown = shown
     self._every = every_seconds
-    self._console = console or rich_console.Console()
+    quiet = jax.process_index() > 0  # One of several processes speaks.
+    self._console = console or rich_console.Console(quiet=quiet)
     self._latest: dict[str, float] = {}
     self._begin: float | None = None
     self._printed = -float('inf')

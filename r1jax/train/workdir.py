@@ -6,9 +6,11 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+import jax
 from etils import epath
 
 from r1jax import config as config_lib
+from r1jax.parallel import sharding
 
 _ABSENT = object()
 _NUM_SHOWN = 3
@@ -34,7 +36,25 @@ def prepare(
   Raises:
     UserError: The workdir belongs to another config, or cannot be used.
   """
-  workdir = epath.Path(workdir)
+  # Process 0 writes; only then do the others compare.
+  claimed, error = -1, None
+  if jax.process_index() == 0:
+    try:
+      claimed = _claim(epath.Path(workdir), config, may_differ)
+    except config_lib.UserError as e:
+      error = e
+  claimed = sharding.first_says(claimed)
+  if error is not None:
+    raise error
+  if claimed < 0:
+    raise config_lib.UserError(f'process 0 cannot use workdir {workdir}')
+  return bool(claimed)
+
+
+def _claim(
+  workdir: epath.Path, config: Mapping[str, Any], may_differ: Collection[str]
+) -> bool:
+  """`prepare` in one process."""
   path = workdir / 'config.json'
   new = json.loads(json.dumps(config))
   try:
@@ -59,8 +79,11 @@ def prepare(
 def write_text(path: epath.Path, text: str) -> None:
   """Replaces a file at once: a kill leaves the old text or the new one.
 
-  Object stores replace whole objects anyway and need no rename.
+  Object stores replace whole objects anyway and need no rename. Of several
+  processes only the first writes.
   """
+  if jax.process_index():
+    return
   if not is_local(path):
     path.write_text(text)
     return

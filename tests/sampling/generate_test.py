@@ -169,9 +169,16 @@ def test_padding_of_prompts_changes_nothing():
   np.testing.assert_array_equal(r.tokens_BT, _rollout().tokens_BT)
 
 
-@pytest.mark.parametrize('greedy', [False, True])
-def test_eight_devices_sample_what_one_does(greedy):
-  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(data=8))
+@pytest.mark.parametrize(
+  ('greedy', 'sizes'),
+  [
+    (False, {'data': 8}),
+    (True, {'data': 8}),
+    (False, {'data': 1, 'fsdp': 2, 'expert': 2, 'tensor': 2}),
+  ],
+)
+def test_eight_devices_sample_what_one_does(greedy, sizes):
+  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(**sizes))
   options = _options(_GREEDY if greedy else _SAMPLED)
   run = quick.jit(generate.make_generate(_CONFIG, mesh, **options))
   r = jax.device_get(
