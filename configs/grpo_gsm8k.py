@@ -1,7 +1,7 @@
 """R1-Zero's GRPO on GSM8K, for an imported model or one finetuned before.
 
   python -m experiments.grpo --config=configs/grpo_gsm8k.py \
-      --config.init_from=DIR --config.template=qwen3 \
+      --config.init_from=DIR \
       --config.task.paths="('…/gsm8k/train.jsonl',)" \
       --config.task.eval_paths="('…/gsm8k/test.jsonl',)" --workdir=runs/rl
 
@@ -29,7 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
     'held_out_fraction': 0.0,
     'format': 'auto',
   }
-  config.template = 'deepseek'
+  config.template = 'auto'  # That of init_from.
   config.eval_problems = 512
   config.rollout.rule = 'boxed'  # 'tags' with template 'r1_zero'.
   config.rollout.max_prompt_tokens = 512

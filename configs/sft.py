@@ -16,7 +16,10 @@ from configs import mesh
 
 
 def get_config(of: str = 'r1') -> ml_collections.ConfigDict:
-  peak, final = {'r1': (5e-5, 5e-6), 'v3': (5e-6, 1e-6)}[of]
+  rates = {'r1': (5e-5, 5e-6), 'v3': (5e-6, 1e-6)}
+  if of not in rates:
+    raise ValueError(f'{of!r} is no variant, they are {", ".join(rates)}')
+  peak, final = rates[of]
   return ml_collections.ConfigDict(
     {
       'seed': 0,
@@ -24,7 +27,7 @@ def get_config(of: str = 'r1') -> ml_collections.ConfigDict:
       'model': None,  # That of init_from.
       'data': {
         'paths': ('chats.jsonl',),
-        'template': 'deepseek',
+        'template': 'auto',  # That of init_from.
         'messages': 'messages',  # '' for question and answer.
         'question': 'question',
         'answer': 'answer',

@@ -91,13 +91,20 @@ def load(cls: type[T]) -> T:
   return config.from_dict(cls, flags.FLAGS.config.to_dict())
 
 
-def run(main: Callable[[], None], *, config_file: str | None = None) -> None:
+def run(
+  main: Callable[[], None],
+  *,
+  config_file: str | None = None,
+  keeps_checkpoints: bool = True,
+) -> None:
   """Parses the flags, runs `main()` and exits, with errors in one line.
 
   Args:
     main: The program; it reads its flags from absl.
     config_file: The default of --config; '' if the user must give it, None
       for a program without a config.
+    keeps_checkpoints: What to say when the disk is full: a program that writes
+      none keeps none.
   """
   _keep_memory()
   flags.adopt_module_key_flags(sys.modules[__name__])
@@ -108,7 +115,7 @@ def run(main: Callable[[], None], *, config_file: str | None = None) -> None:
 
   def guarded_main(rest: list[str]) -> int:
     del rest
-    return _guard(main)
+    return _guard(main, keeps_checkpoints=keeps_checkpoints)
 
   absl_app.run(guarded_main, argv=argv, flags_parser=_parse_flags)
 
@@ -245,7 +252,7 @@ def _compilation_cache() -> str | None:
   return str(pathlib.Path(home) / 'r1jax' / 'jax')
 
 
-def _guard(main: Callable[[], None]) -> int:
+def _guard(main: Callable[[], None], *, keeps_checkpoints: bool) -> int:
   """Runs main and returns the exit code; bugs go through."""
   try:
     main()
@@ -262,11 +269,8 @@ def _guard(main: Callable[[], None]) -> int:
       return _fail(_one_line(e), 1)
     full = _find_os_error(e, _NO_SPACE)
     if full is not None or 'No space left on device' in str(e):
-      return _fail(
-        f'the disk is full, writing {_path_of(full)}; checkpoints that were '
-        'finished are kept',
-        1,
-      )
+      kept = '; checkpoints that were finished are kept' * keeps_checkpoints
+      return _fail(f'the disk is full, writing {_path_of(full)}{kept}', 1)
     if isinstance(e, config.UserError):
       return _fail(_one_line(e), 2)
     denied = _find_os_error(e, _NO_ACCESS)
@@ -336,8 +340,9 @@ def _find_os_error(e: BaseException, codes: tuple[int, ...]) -> OSError | None:
 def _path_of(e: OSError | None) -> str:
   if e is not None and e.filename is not None:
     return str(e.filename)
-  if 'workdir' in flags.FLAGS and flags.FLAGS.workdir:
-    return str(flags.FLAGS.workdir)
+  for name in ('to_hf', 'workdir'):  # Exporting, both are given.
+    if name in flags.FLAGS and flags.FLAGS[name].value:
+      return str(flags.FLAGS[name].value)
   return 'a file'
 
 

@@ -23,6 +23,9 @@ _DTYPE = flags.DEFINE_enum(
 _PARAM_DTYPE = flags.DEFINE_enum(
   'param_dtype', 'float32', ['float32', 'bfloat16'], 'Of what is imported.'
 )
+_MTP = flags.DEFINE_bool(
+  'mtp', True, 'Take MTP modules along, if there are any.'
+)
 _SHARD_GIB = flags.DEFINE_float(
   'shard_gib', 5.0, 'Most GiB of an exported file.', 0.001
 )
@@ -32,8 +35,8 @@ _FSDP = flags.DEFINE_integer(
 
 
 def main() -> None:
-  ways = [_FROM_HF.value, _WORKDIR.value, _TO_HF.value]
-  if sum(way is not None for way in ways) != 2:
+  from_hf, workdir, to_hf = _FROM_HF.value, _WORKDIR.value, _TO_HF.value
+  if sum(map(bool, (from_hf, workdir, to_hf))) != 2:
     raise config.UserError(
       'give two of --from_hf, --workdir and --to_hf: where from and where to'
     )
@@ -42,27 +45,29 @@ def main() -> None:
   from r1jax.recipe import convert, stage
 
   mesh = stage.make_mesh(mesh_lib.MeshConfig(data=1, fsdp=_FSDP.value))
-  if _TO_HF.value is None:
+  if not to_hf:
     convert.to_workdir(
-      _FROM_HF.value,
-      _WORKDIR.value,
+      from_hf,
+      workdir,
       mesh=mesh,
       param_dtype=_PARAM_DTYPE.value,
+      mtp=_MTP.value,
       say=print,
     )
-    print(f'{_FROM_HF.value} is now step 0 of {_WORKDIR.value}')
+    print(f'{from_hf} is now step 0 of {workdir}')
     return
-  source = _FROM_HF.value or _WORKDIR.value
+  source = from_hf or workdir
   convert.to_huggingface(
     source,
-    _TO_HF.value,
+    to_hf,
     mesh=mesh,
     dtype=_DTYPE.value,
     shard_gib=_SHARD_GIB.value,
+    mtp=_MTP.value,
     say=print,
   )
-  print(f'{source} is now in {_TO_HF.value}, {_DTYPE.value}')
+  print(f'{source} is now in {to_hf}, {_DTYPE.value}')
 
 
 if __name__ == '__main__':
-  app.run(main)
+  app.run(main, keeps_checkpoints=False)

@@ -58,6 +58,20 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = '') -> T:
     raise UserError(f'{path}: {e}' if path else str(e)) from e
 
 
+def replace(config: T, **changes: Any) -> T:
+  """`dataclasses.replace`; what the dataclass refuses is the user's mistake.
+
+  Raises:
+    UserError: The dataclass's own check failed.
+  """
+  try:
+    return dataclasses.replace(config, **changes)
+  except UserError:
+    raise
+  except ValueError as e:
+    raise UserError(str(e)) from e
+
+
 def to_dict(value: Any) -> Any:
   """Turns dataclasses into plain dicts, tuples into lists: ready for JSON."""
   if dataclasses.is_dataclass(value):

@@ -149,3 +149,16 @@ _MOE = st.builds(
 def test_json_round_trip(root):
   values = json.loads(json.dumps(config.to_dict(root)))
   assert config.from_dict(Root, values) == root
+
+
+def test_what_is_replaced_is_checked_as_the_users():
+  @dataclasses.dataclass(frozen=True)
+  class Steps:
+    count: int
+
+    def __post_init__(self):
+      config.check_at_least(self, 1, 'count')
+
+  assert config.replace(Steps(1), count=2) == Steps(2)
+  with pytest.raises(config.UserError, match='count=0 must be at least 1'):
+    config.replace(Steps(1), count=0)

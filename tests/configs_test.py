@@ -1,6 +1,7 @@
 """Every config file loads strictly, and its numbers fit each other."""
 
 import copy
+import dataclasses
 import functools
 import itertools
 import pathlib
@@ -17,6 +18,7 @@ from r1jax.model import config as model_config
 from r1jax.parallel import mesh
 from r1jax.recipe import demo, evaluation, grpo, pretrain, sft
 from r1jax.sampling import stream
+from r1jax.train import optimizer
 
 _FOLDER = pathlib.Path(__file__).resolve().parents[1] / 'configs'
 _FILES = sorted(
@@ -137,9 +139,11 @@ def test_impossible_numbers_are_refused_and_named(name):
 def test_rows_fit_the_model_and_its_vocabulary_holds_the_tokenizers():
   for name, config in _stages(pretrain.PretrainConfig):
     assert config.row_length <= config.model.max_length, name
+    assert config.batch_size % config.train.num_microbatches == 0, name
+    if config.init_from:  # Of a folder that is not here.
+      continue
     V = _tokenizer(config.tokenizer).vocab_size
     assert V <= config.model.vocab_size < V + 8, name
-    assert config.batch_size % config.train.num_microbatches == 0, name
 
 
 @pytest.mark.parametrize('name', _of(demo.DemoConfig))
@@ -177,6 +181,83 @@ def test_an_ablation_changes_one_key():
   assert base['train'].pop('bias_update_speed') > 0
   assert ablation['train'].pop('bias_update_speed') == 0
   assert base == ablation
+
+
+@pytest.mark.parametrize(
+  ('of', 'first', 'last', 'epochs'),
+  [
+    ('r1', 5e-5, 5e-6, '2-3 epochs, cosine from 5e-5 to 5e-6'),
+    ('v3', 5e-6, 1e-6, '2 epochs, cosine from 5e-6 to 1e-6'),
+  ],
+)
+def test_finetuning_is_the_papers(of, first, last, epochs):
+  """R1's and V3's rates; R1's batch and context; epochs as the file says."""
+  file = runpy.run_path(str(_FOLDER / 'sft.py'))
+  values = file['get_config'](of).to_dict()
+  config = config_lib.from_dict(sft.SftConfig, values)
+  num_steps = config.train.num_steps
+  rate = optimizer.make_schedule(config.optim, num_steps)
+  halfway = (first + last) / 2
+  for step, expected in ((0, first), (num_steps // 2, halfway)):
+    assert float(rate(step)) == pytest.approx(expected, rel=1e-5)
+  assert float(rate(num_steps)) == pytest.approx(last, rel=1e-5)
+  assert (config.optim.kind, config.optim.schedule) == ('adamw', 'cosine')
+  assert (config.optim.b1, config.optim.b2) == (0.9, 0.95)
+  assert (config.optim.weight_decay, config.optim.clip_norm) == (0.1, 1.0)
+  assert (config.batch_size, config.row_length) == (128, 32768)
+  assert config.train.bias_update_speed == 0
+  assert epochs in ' '.join(file['__doc__'].split())
+
+
+@pytest.mark.parametrize(
+  ('stage', 'lr', 'num_steps', 'rows', 'tokens', 'trainable'),
+  [
+    ('warm_up', 1e-3, 1000, 16, 2.1e9, 'indexer'),
+    ('sparse', 7.3e-6, 15000, 480, 943.7e9, ''),
+  ],
+)
+def test_sparse_attention_is_taught_as_v32s(
+  stage, lr, num_steps, rows, tokens, trainable
+):
+  """The report's rate, steps, sequences and tokens in all."""
+  file = runpy.run_path(str(_FOLDER / 'sparse_attention.py'))
+  values = file['get_config'](stage).to_dict()
+  config = config_lib.from_dict(pretrain.PretrainConfig, values)
+  rate = optimizer.make_schedule(config.optim, config.train.num_steps)
+  for step in (0, num_steps // 2, num_steps - 1):
+    assert float(rate(step)) == pytest.approx(lr)
+  assert config.optim.trainable == trainable
+  assert (config.train.num_steps, config.batch_size) == (num_steps, rows)
+  assert config.row_length == 128 * 1024
+  seen = num_steps * rows * config.row_length
+  assert seen == pytest.approx(tokens, rel=2e-3)
+  indexer = config.model.attention.indexer
+  assert indexer.dense == (stage == 'warm_up') and indexer.top_k == 2048
+  # But for the indexers the model is V3.
+  v3 = _load('model/deepseek_v3_671b.py')
+  attention = dataclasses.replace(config.model.attention, indexer=None)
+  assert dataclasses.replace(config.model, attention=attention) == v3
+
+
+@pytest.mark.parametrize(
+  ('name', 'variants'),
+  [
+    ('sft.py', 'r1, v3'),
+    ('gsm8k.py', 'tiny, imported'),
+    ('sparse_attention.py', 'warm_up, sparse'),
+  ],
+)
+def test_a_variant_that_there_is_not_lists_those_that_are(name, variants):
+  file = runpy.run_path(str(_FOLDER / name))
+  with pytest.raises(ValueError, match=f"'v9' is no variant, .* {variants}$"):
+    file['get_config']('v9')
+
+
+def test_text_is_pretrained_on_by_an_imported_model_too():
+  values = runpy.run_path(str(_FOLDER / 'gsm8k.py'))['get_config']('imported')
+  values.init_from = 'somewhere'
+  config = config_lib.from_dict(pretrain.PretrainConfig, values.to_dict())
+  assert config.model is None and config.mtp_coef == 0
 
 
 def _prompts_of_every_length(maximum: int):

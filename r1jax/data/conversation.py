@@ -15,6 +15,7 @@ from r1jax.data import (
 )
 
 TURNS = ('last', 'all')
+AUTO = 'auto'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,8 @@ class ConversationConfig:
 
   Attributes:
     paths: Files or globs.
-    template: How a model reads them, one of `chat_templates.TEMPLATES`.
+    template: How a model reads them, one of `chat_templates.TEMPLATES`; 'auto'
+      is for who knows the model to replace.
     messages: Field with a list of {'role', 'content'}; '' if a record is one
       question and its answer.
     question: Field of the question, where there are no messages.
@@ -51,16 +53,17 @@ class ConversationConfig:
   def __post_init__(self):
     if not self.paths:
       raise ValueError('paths=() must name at least one file')
-    if self.template not in chat_templates.TEMPLATES:
+    template = chat_templates.TEMPLATES.get(self.template)
+    if template is None and self.template != AUTO:
       raise ValueError(
-        f'template={self.template!r}, it must be one of '
+        f'template={self.template!r}, it must be one of {AUTO}, '
         f'{", ".join(chat_templates.TEMPLATES)}'
       )
     if self.format not in records.FORMATS:
       raise ValueError(
         f'format={self.format!r} must be one of {", ".join(records.FORMATS)}'
       )
-    if self.system and chat_templates.TEMPLATES[self.template].is_single:
+    if self.system and template is not None and template.is_single:
       raise ValueError(
         f'system={self.system!r} must be empty: template={self.template!r} '
         'holds one question alone'

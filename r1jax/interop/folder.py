@@ -20,9 +20,18 @@ def refuse_used(folder: str | os.PathLike[str]) -> None:
     raise config_lib.UserError(
       f'{folder} must be a folder of this machine; copy it there afterwards'
     )
-  path = pathlib.Path(folder)
+  path = pathlib.Path(os.path.abspath(folder))
   if path.exists() and (not path.is_dir() or any(path.iterdir())):
     raise config_lib.UserError(f'{folder} exists and is not empty')
+  above = next(parent for parent in path.parents if parent.exists())
+  if not above.is_dir():
+    raise config_lib.UserError(
+      f'{folder} cannot be made: {above} is a file, it must be a folder'
+    )
+  if not os.access(above, os.W_OK | os.X_OK):
+    raise config_lib.UserError(
+      f'{folder} cannot be made: {above} must be writable'
+    )
 
 
 @contextlib.contextmanager
@@ -34,12 +43,20 @@ def finished_under(
   Args:
     folder: The name; nothing or an empty folder is there.
     is_owner: This process makes, renames and removes it, others only use it.
+
+  Raises:
+    UserError: It cannot be made.
   """
   path = pathlib.Path(os.path.abspath(folder))
   unfinished = path.with_name(f'.{path.name}.unfinished')
   if is_owner:
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    try:
+      unfinished.mkdir(parents=True)
+    except OSError as e:  # Such as below /proc.
+      raise config_lib.UserError(
+        f'{folder} cannot be made: {e.strerror}'
+      ) from e
   try:
     yield unfinished
     if is_owner:

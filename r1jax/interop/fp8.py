@@ -26,7 +26,7 @@ Blocks = tuple[int, int]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-  """A leaf that is kept in FP8.
+  """A leaf that is kept in FP8, for export; nothing computes with it.
 
   Attributes:
     q: float8_e4m3fn in the layout of the leaf.
@@ -39,6 +39,16 @@ class Quantized:
   q: jax.Array
   scale: jax.Array
   blocks: Blocks = dataclasses.field(metadata={'static': True})
+
+  def __jax_array__(self) -> jax.Array:
+    return self.astype(None)
+
+  def astype(self, dtype: Any) -> jax.Array:
+    """What a model asks of its weights; these are refused."""
+    raise TypeError(
+      'weights of keep_fp8=True are for export.save alone, load them with '
+      'keep_fp8=False to compute'
+    )
 
   @property
   def shape(self) -> tuple[int, ...]:

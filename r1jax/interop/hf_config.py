@@ -1,6 +1,7 @@
 """config.json of Hugging Face checkpoints, to a ModelConfig and back."""
 
 import dataclasses
+import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -42,6 +43,7 @@ def read(values: Values, **changes: Any) -> model_config.ModelConfig:
     UserError: A model_type that is not supported, a key that is missing, or a
       value that has no counterpart here.
   """
+  _check_names(changes)
   kind = values.get('model_type')
   if kind not in _FAMILIES:
     raise config_lib.UserError(
@@ -112,6 +114,21 @@ def write(config: model_config.ModelConfig) -> dict[str, Any]:
     | family.write(config)
     | hf_rope.write(attention.rope)
   )
+
+
+def _check_names(changes: Mapping[str, Any]) -> None:
+  """What is changed must be a field of the model."""
+  fields = [
+    field.name for field in dataclasses.fields(model_config.ModelConfig)
+  ]
+  for name in changes:
+    if name not in fields:
+      near = difflib.get_close_matches(name, fields, n=1)
+      hint = f' (did you mean {near[0]!r}?)' if near else ''
+      raise config_lib.UserError(
+        f'{name}={changes[name]!r} is no field of ModelConfig{hint}; they are '
+        f'{", ".join(fields)}'
+      )
 
 
 # ---- DeepSeek -------------------------------------------------------------

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -52,7 +53,8 @@ def load(
     folder: Holds config.json and safetensors files.
     mesh: Where the variables go; the first device if None.
     param_dtype: 'float32' or 'bfloat16'; router biases are float32 always.
-    keep_fp8: Leaves FP8 weights as they are, `fp8.Quantized`, for export.
+    keep_fp8: Leaves FP8 weights as they are, `fp8.Quantized`: `export.save`
+      takes them, the model does not compute with them.
     say: Takes remarks.
     **changes: Fields of the ModelConfig that are ours to choose, such as
       dtype='bfloat16', scan_layers=False or mtp_depth=0 (leaves MTP out).
@@ -66,7 +68,12 @@ def load(
   """
   config = load_config(folder, say=say, **changes)
   variables = load_variables(
-    folder, config, mesh=mesh, param_dtype=param_dtype, keep_fp8=keep_fp8
+    folder,
+    config,
+    mesh=mesh,
+    param_dtype=param_dtype,
+    keep_fp8=keep_fp8,
+    say=say,
   )
   return config, variables
 
@@ -99,15 +106,39 @@ def load_variables(
   mesh: jax.sharding.Mesh | None = None,
   param_dtype: str = 'float32',
   keep_fp8: bool = False,
+  say: Callable[[str], None] = lambda message: None,
 ) -> Any:
-  """The variables of a checkpoint for a config that `load_config` gave."""
+  """The variables of a checkpoint for a config that `load_config` gave.
+
+  Or for that config with an indexer, which is random if config.json has none:
+  so begins the warm-up of sparse attention.
+  """
+  if param_dtype not in PARAM_DTYPES:
+    raise config_lib.UserError(
+      f'param_dtype={param_dtype!r}, it must be one of '
+      f'{", ".join(PARAM_DTYPES)}'
+    )
   folder = pathlib.Path(folder)
-  blocks = _blocks(read_config(folder))
+  values = read_config(folder)
+  blocks = _blocks(values)
   mapping = mapping_lib.make_mapping(config)
   shardings = _shardings(config, mesh)
   variables: dict[str, Any] = {'params': {}, 'router': {}}
+  if _has_indexer(config) and not _has_indexer(hf_config.read(values)):
+    mapping, indexers = mapping_lib.split_indexers(mapping)
+    say(f'{folder}: config.json has no indexer; it begins with random weights')
+    for leaf in indexers:
+      target = mapping_lib.at(shardings, leaf.path)
+      array = _draw(leaf, config.init_std, PARAM_DTYPES[param_dtype], target)
+      _put(variables, leaf.path, array)
   with safetensors.closing(folder) as reader:
-    check(mapping, reader.entries, blocks, folder, config.num_layers)
+    stray = _stray_files(reader)
+    try:
+      check(mapping, reader.entries, blocks, folder, config.num_layers)
+    except config_lib.UserError as e:
+      raise config_lib.UserError(f'{e}{stray and f"; {stray}"}') from e
+    if stray:
+      say(f'{folder}: {stray}: left out')
     _check_copies(mapping, reader)
     loader = _Loader(reader, blocks, PARAM_DTYPES[param_dtype], keep_fp8)
     for leaf in mapping.leaves:
@@ -129,6 +160,8 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     raise config_lib.UserError(f'{folder} is no folder') from e
   except FileNotFoundError as e:
     raise config_lib.UserError(f'{path} does not exist') from e
+  except OSError as e:
+    raise config_lib.UserError(f'{path}: {e.strerror}') from e
   except ValueError as e:
     raise config_lib.UserError(f'{path} is no JSON: {e}') from e
   if not isinstance(values, dict):
@@ -140,7 +173,7 @@ def is_checkpoint(folder: str | os.PathLike[str]) -> bool:
   """Says whether a folder looks like one of Hugging Face."""
   path = pathlib.Path(folder) / 'config.json'
   try:
-    return 'model_type' in json.loads(path.read_text())
+    return bool(folder) and 'model_type' in json.loads(path.read_text())
   except (OSError, ValueError, TypeError):
     return False
 
@@ -300,6 +333,33 @@ class _Loader:
     return flat.reshape(numbers.shape)
 
 
+def _has_indexer(config: model_config.ModelConfig) -> bool:
+  return getattr(config.attention, 'indexer', None) is not None
+
+
+def _draw(
+  leaf: mapping_lib.Leaf,
+  std: float,
+  dtype: np.dtype,
+  target: jax.sharding.Sharding,
+) -> jax.Array:
+  """A leaf as the model initialises it, the same on any mesh."""
+  depth, kind = len(leaf.stack), leaf.path[-1]
+
+  def draw(index, out):
+    if kind in ('scale', 'bias'):  # Of a norm.
+      out[...] = float(kind == 'scale')
+      return
+    for at in mapping_lib.stack_indices(index[:depth]):
+      place = tuple(i - s.start for i, s in zip(at, index, strict=False))
+      seed = zlib.crc32(leaf.sources[at].name.encode())
+      rng = np.random.default_rng(seed)
+      noise = rng.standard_normal(leaf.shape[depth:], np.float32)
+      out[place] = std * noise[index[depth:]]
+
+  return _fill(leaf.shape, dtype, target, draw)
+
+
 def _fill(
   shape: tuple[int, ...],
   dtype: np.dtype,
@@ -356,6 +416,12 @@ def _check_copies(mapping, reader) -> None:
         raise config_lib.UserError(
           f'{copy} is not equal to {name}, which is shared here'
         )
+
+
+def _stray_files(reader: safetensors.Reader) -> str:
+  """Says which files the index passes over; '' if it names all."""
+  names = ', '.join(file.name for file in reader.stray_files)
+  return f'{safetensors.INDEX} does not name {names}' if names else ''
 
 
 def _layer_of(name: str) -> int:

@@ -128,6 +128,14 @@ def make_mapping(config: model_config.ModelConfig) -> Mapping:
   return Mapping(tuple(leaves), copies, spare_copies, _empty(config))
 
 
+def split_indexers(mapping: Mapping) -> tuple[Mapping, tuple[Leaf, ...]]:
+  """The mapping without sparse attention's indexers, and their leaves."""
+  is_indexers = lambda leaf: 'indexer' in leaf.path
+  rest = tuple(leaf for leaf in mapping.leaves if not is_indexers(leaf))
+  indexers = tuple(leaf for leaf in mapping.leaves if is_indexers(leaf))
+  return dataclasses.replace(mapping, leaves=rest), indexers
+
+
 def _empty(config: model_config.ModelConfig) -> dict[str, tuple[int, ...]]:
   is_deepseek = isinstance(config.attention, model_config.MlaConfig)
   if config.moe is None or config.moe.num_shared or not is_deepseek:

@@ -11,6 +11,7 @@ Source: the format's own description, huggingface/safetensors.
 import collections
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import mmap
@@ -66,6 +67,7 @@ class Reader:
   Attributes:
     entries: By name.
     bytes_read: Of the slices that were taken.
+    stray_files: Safetensors files that the index does not name.
   """
 
   def __init__(self, folder: pathlib.Path):
@@ -74,13 +76,16 @@ class Reader:
     Raises:
       UserError: No weights, a file that the index names and nobody has, one
         that is cut short or no safetensors file, a tensor in two files, or
-        an index that is wrong about a tensor.
+        an index that is wrong about a tensor or none.
     """
     self.entries: dict[str, Entry] = {}
     self.bytes_read = 0
     self._maps: dict[pathlib.Path, mmap.mmap] = {}
     index = _read_index(folder)
-    for file in _files(folder, index):
+    files = _files(folder, index)
+    there = folder.glob('*.safetensors')
+    self.stray_files = sorted(set(there) - set(files))
+    for file in files:
       for name, entry in _read_header(file):
         if name in self.entries:
           raise config_lib.UserError(
@@ -147,9 +152,24 @@ def _read_index(folder: pathlib.Path) -> dict[str, str]:
   if not path.exists():
     return {}
   try:
-    return dict(json.loads(path.read_text())['weight_map'])
-  except (json.JSONDecodeError, KeyError, TypeError, ValueError) as e:
-    raise config_lib.UserError(f'{path} is no safetensors index: {e}') from e
+    values = json.loads(path.read_text())
+  except OSError as e:
+    raise config_lib.UserError(f'{path}: {e.strerror}') from e
+  except ValueError as e:
+    raise config_lib.UserError(f'{path} is no JSON: {e}') from e
+  index = values.get('weight_map') if isinstance(values, dict) else None
+  if not isinstance(index, dict) or not index:
+    raise config_lib.UserError(
+      f'{path} is no safetensors index: it must hold a weight_map of tensors '
+      'and their files'
+    )
+  for name, file in index.items():
+    if not isinstance(file, str) or pathlib.PurePath(file).name != file:
+      raise config_lib.UserError(
+        f'{path} says that {name} is in {file!r}, it must be a file of the '
+        'folder'
+      )
+  return index
 
 
 def _files(
@@ -201,6 +221,23 @@ def _read_header(file: pathlib.Path) -> Iterator[tuple[str, Entry]]:
         f'{entry.start + entry.num_bytes}'
       )
     yield name, entry
+  _refuse_overlaps(file, header)
+
+
+def _refuse_overlaps(
+  file: pathlib.Path,
+  header: Mapping[str, tuple[str, tuple[int, ...], int, int]],
+) -> None:
+  """No byte belongs to two tensors."""
+  spans = sorted(
+    (start, end, name) for name, (_, _, start, end) in header.items()
+  )
+  for (_, end, name), (start, _, following) in itertools.pairwise(spans):
+    if start < end:
+      raise config_lib.UserError(
+        f'tensors {name} and {following} of {file} overlap: the first ends at '
+        f'byte {end}, the second starts at {start}'
+      )
 
 
 def _parse_header(

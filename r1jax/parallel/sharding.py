@@ -365,6 +365,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
+def replicate(mesh: Mesh, x: np.ndarray) -> jax.Array:
+  """A host array that every process has, on all devices of a mesh."""
+  return jax.make_array_from_callback(
+    x.shape, replicated(mesh), lambda index: x[index]
+  )
+
+
 def replicated_like(target: jax.sharding.Sharding) -> jax.sharding.Sharding:
   """Replicated over the devices of another sharding."""
   if isinstance(target, NamedSharding):

@@ -1,10 +1,8 @@
 """From Hugging Face folders to workdirs and back, and the check after it."""
 
 import dataclasses
-import json
 import os
 import pathlib
-import shutil
 import zipfile
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from r1jax import config as config_lib
 from r1jax.data import hf_tokenizer
@@ -19,25 +18,11 @@ from r1jax.data import tokenizer as tokenizer_lib
 from r1jax.interop import export, huggingface
 from r1jax.interop import folder as folder_lib
 from r1jax.model import transformer
-from r1jax.recipe import origin
+from r1jax.parallel import sharding
+from r1jax.recipe import origin, tokenizer_files
 from r1jax.train import checkpoint
 from r1jax.train import state as state_lib
 from r1jax.train import workdir as workdir_lib
-
-# What goes with the weights, if it is there.
-_TOKENIZER_FILES = (
-  'tokenizer.json',
-  'tokenizer.model',
-  'tokenizer_config.json',
-  'special_tokens_map.json',
-  'added_tokens.json',
-  'vocab.json',
-  'merges.txt',
-  'generation_config.json',
-  'chat_template.jinja',
-)
-_SENTENCEPIECE = 'tokenizer.model'
-_TOKEN_IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
 
 
 def to_workdir(
@@ -46,34 +31,43 @@ def to_workdir(
   *,
   mesh: jax.sharding.Mesh,
   param_dtype: str,
+  mtp: bool = True,
   say: Callable[[str], None],
 ) -> None:
   """Makes a workdir with one checkpoint, step 0, of a Hugging Face folder.
+
+  Every process of a pod must call this; each reads its own shards.
 
   Raises:
     UserError: The folder is wrong, or the workdir holds something.
   """
   model = huggingface.load_config(folder, say=say)
+  if not mtp:
+    model = dataclasses.replace(model, mtp_depth=0)
   folder_lib.refuse_used(workdir)
   variables = huggingface.load_variables(
-    folder, model, mesh=mesh, param_dtype=param_dtype
+    folder, model, mesh=mesh, param_dtype=param_dtype, say=say
   )
   is_owner = jax.process_index() == 0
   with folder_lib.finished_under(workdir, is_owner=is_owner) as unfinished:
-    state = state_lib.State(jnp.zeros((), jnp.int32), variables, None, None)
+    multihost_utils.sync_global_devices('The folder is there.')
+    step = sharding.replicate(mesh, np.zeros((), np.int32))
+    state = state_lib.State(step, variables, None, None)
     with checkpoint.Checkpoints(
       unfinished / 'checkpoints', max_to_keep=1, say=say
     ) as checkpoints:
       checkpoints.save(0, state, {})
     if is_owner:
-      _copy_tokenizer(pathlib.Path(folder), unfinished / 'tokenizer')
-    resolved = {
-      'model': config_lib.to_dict(model),
-      'tokenizer': 'tokenizer',  # In the workdir, wherever that is moved.
-      'from_hf': os.path.abspath(folder),
-      'token_ids': _token_ids_of(folder),
-    }
-    workdir_lib.prepare(unfinished, resolved)
+      tokenizer_files.copy(folder, unfinished / tokenizer_files.FOLDER)
+      resolved = {
+        'model': config_lib.to_dict(model),
+        'tokenizer': tokenizer_files.FOLDER,
+        'from_hf': os.path.abspath(folder),
+        'token_ids': tokenizer_files.token_ids(folder),
+      }
+      workdir_lib.prepare(unfinished, resolved)
+    multihost_utils.sync_global_devices('No process writes any more.')
+  multihost_utils.sync_global_devices('The folder has its name.')
 
 
 def to_huggingface(
@@ -83,11 +77,20 @@ def to_huggingface(
   mesh: jax.sharding.Mesh,
   dtype: str,
   shard_gib: float,
+  mtp: bool = True,
   say: Callable[[str], None],
 ) -> None:
   """Writes a workdir's model, or another folder's, for other tools.
 
-  FP8 weights of a folder stay as they are if `dtype` is 'fp8'.
+  Args:
+    source: The workdir or folder.
+    folder: Where to; a new one.
+    mesh: Where the variables go meanwhile.
+    dtype: As `export.save`; FP8 weights of a folder stay as they are if it is
+      'fp8'.
+    shard_gib: Most GiB of a file.
+    mtp: Whether MTP modules are written, if there are any.
+    say: Takes remarks.
 
   Raises:
     UserError: No model there, none that other tools know, or its tokenizer is
@@ -105,7 +108,7 @@ def to_huggingface(
     # Layer by layer: what is FP8 in one may not be in another.
     model = dataclasses.replace(model, scan_layers=False)
     variables = huggingface.load_variables(
-      source, model, mesh=mesh, keep_fp8=True
+      source, model, mesh=mesh, keep_fp8=True, say=say
     )
     values = huggingface.read_config(pathlib.Path(source))
     quantised = values.get('quantization_config')
@@ -113,14 +116,15 @@ def to_huggingface(
   else:
     variables, _ = origin.load_variables(source, model, mesh, say=say)
 
+  if not mtp:
+    model = dataclasses.replace(model, mtp_depth=0)
+
   def finish(unfinished: pathlib.Path) -> None:
-    if os.path.isdir(tokenizer):
-      _copy_tokenizer(pathlib.Path(tokenizer), unfinished)
-    elif tokenizer:
-      shutil.copyfile(tokenizer, unfinished / _SENTENCEPIECE)
-    else:
-      model_file = tokenizer_lib.default_model()
-      (unfinished / _SENTENCEPIECE).write_bytes(model_file)
+    if tokenizer:
+      tokenizer_files.copy(tokenizer, unfinished)
+      return
+    model_file = tokenizer_lib.default_model()
+    (unfinished / tokenizer_files.SENTENCEPIECE).write_bytes(model_file)
 
   export.save(
     folder,
@@ -136,19 +140,13 @@ def to_huggingface(
 def _token_ids(source: str, tokenizer: str) -> dict[str, Any]:
   """Where documents begin and end, as config.json says it."""
   if huggingface.is_checkpoint(source):
-    return _token_ids_of(source)
+    return tokenizer_files.token_ids(source)
   kept = origin.read_config(source).get('token_ids')
   if kept is not None:
     return kept
   found = hf_tokenizer.load_tokenizer(tokenizer)
   ids = found.bos_id, found.eos_id, found.pad_id
-  return dict(zip(_TOKEN_IDS, ids, strict=True))
-
-
-def _token_ids_of(folder: str | os.PathLike[str]) -> dict[str, Any]:
-  """Those that a Hugging Face folder's config.json has."""
-  values = huggingface.read_config(pathlib.Path(folder))
-  return {key: values[key] for key in _TOKEN_IDS if key in values}
+  return dict(zip(tokenizer_files.TOKEN_IDS, ids, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,9 +196,7 @@ def check_logits(
 
   @jax.jit
   def compare(logits_TV, expected_TV):
-    p_TV = jax.nn.log_softmax(expected_TV)
-    gap_TV = p_TV - jax.nn.log_softmax(logits_TV)
-    kl_T = jnp.sum(jnp.exp(p_TV) * gap_TV, axis=-1)
+    kl_T = _kl(jax.nn.log_softmax(expected_TV), jax.nn.log_softmax(logits_TV))
     return jnp.abs(logits_TV - expected_TV).max(), kl_T.sum()
 
   largest, kl = 0.0, 0.0
@@ -210,6 +206,19 @@ def check_logits(
     largest = float(np.maximum(largest, row_largest))  # nan stays.
     kl += float(row_kl)
   return LogitsCheck(largest, kl / tokens_BT.size, tokens_BT.size)
+
+
+def _kl(logp_TV: jax.Array, logq_TV: jax.Array) -> jax.Array:
+  """KL(p ‖ q) of each token, nats, in a form without negative terms.
+
+  Σ_v p (log p - log q) = Σ_v p (q/p - 1 + log p - log q), as Σ q = Σ p.
+  """
+  p_TV, gap_TV = jnp.exp(logp_TV), logp_TV - logq_TV
+  near_TV = p_TV * (jnp.expm1(-gap_TV) + gap_TV)
+  far_TV = jnp.exp(logq_TV) - p_TV + p_TV * gap_TV  # expm1 might overflow.
+  # A rounding error of q/p - 1 would make 1e-14 of a zero, of either sign.
+  terms_TV = jnp.where(jnp.abs(gap_TV) < 1, near_TV, far_TV)
+  return jnp.maximum(terms_TV, 0).sum(-1)
 
 
 def _read_reference(
@@ -242,17 +251,3 @@ def _read_reference(
       f'lie between 0 and {vocab_size - 1}'
     )
   return tokens_BT.astype(np.int32), logits_BTV
-
-
-def _copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
-  target.mkdir(parents=True, exist_ok=True)
-  for name in _TOKENIZER_FILES:
-    if (source / name).exists():
-      shutil.copyfile(source / name, target / name)
-  # Where generation stops may stand beside the model's sizes only.
-  generation = target / 'generation_config.json'
-  if not generation.exists() and (source / 'config.json').exists():
-    found = _token_ids_of(source).items()
-    ids = {key: value for key, value in found if value is not None}
-    if ids:
-      generation.write_text(json.dumps(ids, indent=2) + '\n')

@@ -41,7 +41,7 @@ class EvaluateConfig:
     template: How they are asked, one of `chat_templates.TEMPLATES`; 'auto' as
       `origin.find_template`.
     rule: How completions are graded, one of `grading.RULES`.
-    num_problems: Distinct held-out questions.
+    num_problems: Distinct held-out questions; of files all, if there are fewer.
     num_samples: k, completions of each, besides a greedy one.
     max_prompt_tokens: Longest prompt, bos included.
     max_new_tokens: Longest completion, the stop token included.
@@ -100,9 +100,7 @@ def run(
   model = origin.load_model_config(source)
   path = config.tokenizer or origin.load_tokenizer_path(source)
   tokenizer = hf_tokenizer.load_tokenizer(path)
-  template = config.template
-  if template == 'auto':
-    template = origin.find_template(source, model, tokenizer)
+  template = origin.resolve_template(config.template, source, model, tokenizer)
   pretrain.prepare_tokenizer(tokenizer, model, template=template)
   mesh = stage_lib.make_mesh(config.mesh)
   model = origin.for_mesh(model, source, mesh)
@@ -113,15 +111,24 @@ def run(
     model,
   )
   task = tasks.make_task(
-    config.task, seed=config.seed, render=tasks.renderer(template)
+    config.task,
+    seed=config.seed,
+    render=tasks.renderer(template),
+    limit=tasks.PromptLimit(tokenizer, config.max_prompt_tokens),
+    say=say,
   )
   questions = task.held_out(config.num_problems, config.seed)
   prompt_PT, length_P = rollouts.encode_prompts(
     questions, tokenizer, config.max_prompt_tokens
   )
-  if config.init_from:
+  # Another model's workdir is refused first; a new one is claimed when the
+  # model is there: a wrong `init_from` must leave nothing.
+  is_new = not (epath.Path(workdir) / 'config.json').exists()
+  if config.init_from and not is_new:
     _claim(workdir, config)
   variables, step = origin.load_variables(source, model, mesh, say=say)
+  if config.init_from and is_new:
+    _claim(workdir, config)
   make = lambda sampling: generate.make_generate(
     model,
     mesh,
@@ -130,7 +137,7 @@ def run(
     stop_ids=tokenizer.stop_ids,
     pad_id=tokenizer.pad_id,
   )
-  with _shown_calls(config) as shown:
+  with _shown_calls(config, len(questions)) as shown:
     results, greedy_ids = run_lib.evaluate(
       questions,
       prompt_PT,
@@ -172,13 +179,11 @@ def load_finished(
 
 @contextlib.contextmanager
 def _shown_calls(
-  config: EvaluateConfig,
+  config: EvaluateConfig, num_problems: int
 ) -> Iterator[Callable[[run_lib.Generate], run_lib.Generate]]:
   """Wraps generators so that each batch that is done moves the progress."""
-  sampled = math.ceil(
-    config.num_problems * config.num_samples / config.batch_size
-  )
-  greedy = math.ceil(config.num_problems / config.batch_size)
+  sampled = math.ceil(num_problems * config.num_samples / config.batch_size)
+  greedy = math.ceil(num_problems / config.batch_size)
   shown = progress.Progress(sampled + greedy, title='evaluate')
   calls = itertools.count(1)
 

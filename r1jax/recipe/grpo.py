@@ -11,6 +11,7 @@ from etils import epath
 
 from r1jax import config as config_lib
 from r1jax import types
+from r1jax.data import hf_tokenizer
 from r1jax.data import tokenizer as tokenizer_lib
 from r1jax.losses import token
 from r1jax.model import config as model_config
@@ -69,12 +70,13 @@ class GrpoConfig:
 
   Attributes:
     seed: Of prompts and sampling.
-    init_from: Workdir of the model to start from.
+    init_from: Workdir or Hugging Face folder of the model to start from.
     tokenizer: Path of a sentencepiece model; '' for that of `init_from`.
     task: Where the questions come from.
-    template: How they are asked, one of `chat_templates.TEMPLATES`.
-    eval_problems: Held-out questions that are answered greedily every
-      `train.eval_every` steps and at the end; 0 for no evaluation.
+    template: How they are asked, one of `chat_templates.TEMPLATES`; 'auto' as
+      `origin.find_template`.
+    eval_problems: Held-out questions, at most, that are answered greedily
+      every `train.eval_every` steps and at the end; 0 for no evaluation.
     rollout: Sampling.
     loss: Policy loss.
     optim: Optimizer.
@@ -108,6 +110,11 @@ ADVANTAGES = {
   'group': advantage.group_advantage,
   'centred': advantage.centred_advantage,
 }
+
+
+# Parts of the paths of parameters that the policy loss does not see: indexers
+# choose tokens, which has no gradient.
+UNTRAINED = ('mtp_', 'indexer')
 
 
 def make_loss(
@@ -177,11 +184,15 @@ def run(
   Raises:
     UserError: What the config asks for cannot be.
   """
-  model = origin.load_model_config(config.init_from)
-  path = config.tokenizer or origin.load_tokenizer_path(config.init_from)
-  tokenizer = pretrain.load_tokenizer(path, model, template=config.template)
+  source = origin.find_source(config.init_from, workdir)
+  model = origin.load_model_config(source)
+  path = config.tokenizer or origin.load_tokenizer_path(source)
+  tokenizer = hf_tokenizer.load_tokenizer(path)
+  template = origin.resolve_template(config.template, source, model, tokenizer)
+  config = dataclasses.replace(config, template=template)
+  pretrain.prepare_tokenizer(tokenizer, model, template=template)
   mesh = stage_lib.make_mesh(config.mesh)
-  model = origin.for_mesh(model, config.init_from, mesh)
+  model = origin.for_mesh(model, source, mesh)
   _check_sizes(config, model, mesh)
   stage = stage_lib.Stage(
     workdir=epath.Path(workdir),
@@ -193,6 +204,8 @@ def run(
     title='grpo',
     with_reference=config.loss.kl_coef > 0,
     init_from=config.init_from,
+    tokenizer=path,
+    untrained=UNTRAINED,
     profile_steps=profile_steps,
   )
   loss_fn = make_loss(
@@ -206,8 +219,13 @@ def run(
     sizes = stage.dry_run(loss_fn, batch)
     return sizes | _sampler_sizes(stage, config.rollout, tokenizer)
   task = tasks.make_task(
-    config.task, seed=config.seed, render=tasks.renderer(config.template)
+    config.task,
+    seed=config.seed,
+    render=tasks.renderer(config.template),
+    limit=tasks.PromptLimit(tokenizer, config.rollout.max_prompt_tokens),
+    say=print if jax.process_index() == 0 else lambda message: None,
   )
+  task.training(0)  # Raises where there is none.
   writer = samples.SampleWriter(epath.Path(workdir))
 
   def make_source(write):
@@ -225,7 +243,7 @@ def run(
     )
 
   resolved = config_lib.to_dict(config)
-  resolved |= {'model': config_lib.to_dict(model), 'tokenizer': path}
+  resolved |= {'model': config_lib.to_dict(model)}
   return stage_lib.run(
     stage,
     resolved,
@@ -271,12 +289,16 @@ def _make_held_out(
 ) -> Callable[[Any], dict[str, float]] | None:
   """Builds evaluate(variables) -> greedy accuracy, format, mean length.
 
-  The questions are the same for every seed, so that runs compare.
+  The questions are the same for every seed, so that runs compare. Rows that
+  do not divide over the devices are filled up with repeats.
   """
   if not config.eval_problems:
     return None
   rollout = config.rollout
   questions = task.held_out(config.eval_problems, 0)
+  count, shards = len(questions), sharding.num_batch_shards(mesh)
+  num_rows = -(-count // shards) * shards
+  questions = [questions[i % count] for i in range(num_rows)]
   prompts = rollouts.encode_prompts(
     questions, tokenizer, rollout.max_prompt_tokens
   )
@@ -294,9 +316,9 @@ def _make_held_out(
     best = greedy(variables, *sharding.put_batch(mesh, prompts), key)
     scores = jax.device_get(score(best, questions))
     return {
-      'eval/greedy': float(scores['accuracy'].mean()),
-      'eval/format': float(scores['format'].mean()),
-      'eval/length': float(best.mask_BT.sum(1).mean()),
+      'eval/greedy': float(scores['accuracy'][:count].mean()),
+      'eval/format': float(scores['format'][:count].mean()),
+      'eval/length': float(best.mask_BT[:count].sum(1).mean()),
     }
 
   return evaluate
@@ -320,7 +342,6 @@ def _check_sizes(
     mesh,
     num_microbatches=config.train.num_microbatches,
   )
-  config_check.check_rows('eval_problems', config.eval_problems, mesh)
   config_check.check_length('rollout.row_length', rollout.row_length, model)
 
 

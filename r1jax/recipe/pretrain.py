@@ -18,7 +18,7 @@ from r1jax.model import config as model_config
 from r1jax.model import moe, router, transformer
 from r1jax.parallel import mesh as mesh_lib
 from r1jax.parallel import sharding
-from r1jax.recipe import config_check
+from r1jax.recipe import config_check, origin
 from r1jax.recipe import stage as stage_lib
 from r1jax.train import optimizer
 from r1jax.train import state as state_lib
@@ -31,10 +31,10 @@ class PretrainConfig:
 
   Attributes:
     seed: Of initialisation and data.
-    model: Shape of the model.
+    model: Shape of the model; None for that of `init_from`, with its tokenizer.
     data: Generated arithmetic documents, or text from files.
     tokenizer: Path of a sentencepiece model or folder of a Hugging Face one;
-      '' for the one that ships.
+      '' for the one that ships or, without a model, that of `init_from`.
     row_length: Tokens of a packed row.
     batch_size: Rows of a global batch.
     eval_rows: Held-out rows of an evaluation on the generated corpus; the
@@ -43,11 +43,12 @@ class PretrainConfig:
     optim: Optimizer.
     train: Loop.
     mesh: Devices.
-    init_from: Workdir to start from; '' for random variables.
+    init_from: Workdir or Hugging Face folder to start from; '' for random
+      variables.
   """
 
   seed: int
-  model: model_config.ModelConfig
+  model: model_config.ModelConfig | None
   data: corpus.CorpusConfig | text.TextConfig
   tokenizer: str
   row_length: int
@@ -63,6 +64,10 @@ class PretrainConfig:
     config_lib.check_at_least(self, 0, 'seed', 'mtp_coef')
     config_lib.check_at_least(self, 1, 'batch_size', 'eval_rows')
     config_lib.check_at_least(self, 2, 'row_length')
+    if self.model is None:
+      if not self.init_from:
+        raise ValueError("init_from='' with model=None: give one of them")
+      return  # Checked again when it is known.
     if self.row_length > self.model.max_length:
       raise ValueError(
         f'row_length={self.row_length} exceeds model.max_length='
@@ -153,8 +158,17 @@ def run(
   Raises:
     UserError: What the config asks for cannot be.
   """
-  tokenizer = load_tokenizer(config.tokenizer, config.model)
   mesh = stage_lib.make_mesh(config.mesh)
+  path = config.tokenizer
+  source = origin.find_source(config.init_from, workdir)
+  if config.model is None:
+    path = path or origin.load_tokenizer_path(source)
+    model = origin.load_model_config(source)
+    model = origin.for_mesh(model, source, mesh)
+    config = config_lib.replace(config, model=model)
+  elif config.init_from:
+    origin.check_model(config.model, source, say=print)
+  tokenizer = load_tokenizer(path, config.model)
   config_check.check_rows(
     'batch_size',
     config.batch_size,
@@ -172,6 +186,8 @@ def run(
     seed=config.seed,
     title='pretrain',
     init_from=config.init_from,
+    tokenizer=path,
+    untrained=untrained(config.mtp_coef),
     profile_steps=profile_steps,
   )
   loss_fn = make_loss(
@@ -318,6 +334,11 @@ def make_loss(
     return loss, metrics
 
   return loss_fn
+
+
+def untrained(mtp_coef: float) -> tuple[str, ...]:
+  """Parts of the paths of parameters that `make_loss`'s loss does not see."""
+  return () if mtp_coef > 0 else ('mtp_',)
 
 
 def balance(

@@ -7,13 +7,15 @@ import jax
 from etils import epath
 
 from r1jax import config as config_lib
-from r1jax.data import conversation
+from r1jax.data import conversation, hf_tokenizer
 from r1jax.model import config as model_config
 from r1jax.parallel import mesh as mesh_lib
 from r1jax.recipe import config_check, origin, pretrain
 from r1jax.recipe import stage as stage_lib
 from r1jax.train import optimizer
 from r1jax.train import state as state_lib
+
+_MTP_COEF = 0.0  # MTP modules stay as they are.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +27,8 @@ class SftConfig:
     init_from: Workdir or Hugging Face folder to start from; '' starts from
       random variables of `model`.
     model: Shape of the model; None for that of `init_from`.
-    data: The conversations.
+    data: The conversations; their template may be 'auto', as
+      `origin.find_template`.
     tokenizer: Folder of a Hugging Face tokenizer, path of a sentencepiece
       model, or '' for that of `init_from`.
     row_length: Tokens of a packed row, the longest example; examples of a row
@@ -71,14 +74,19 @@ def run(
     UserError: What the config asks for cannot be.
   """
   mesh = stage_lib.make_mesh(config.mesh)
-  model, path = config.model, config.tokenizer
+  model, path, source = config.model, config.tokenizer, ''
   if model is None:
-    model = origin.load_model_config(config.init_from)
-    model = origin.for_mesh(model, config.init_from, mesh)
-    path = path or origin.load_tokenizer_path(config.init_from)
-  tokenizer = pretrain.load_tokenizer(
-    path, model, template=config.data.template
+    source = origin.find_source(config.init_from, workdir)
+    model = origin.load_model_config(source)
+    model = origin.for_mesh(model, source, mesh)
+    path = path or origin.load_tokenizer_path(source)
+  tokenizer = hf_tokenizer.load_tokenizer(path)
+  template = origin.resolve_template(
+    config.data.template, source, model, tokenizer
   )
+  data = config_lib.replace(config.data, template=template)
+  config = dataclasses.replace(config, data=data)
+  pretrain.prepare_tokenizer(tokenizer, model, template=template)
   config_check.check_rows(
     'batch_size',
     config.batch_size,
@@ -101,10 +109,12 @@ def run(
     seed=config.seed,
     title='sft',
     init_from=config.init_from,
+    tokenizer=path,
+    untrained=pretrain.untrained(_MTP_COEF),
     profile_steps=profile_steps,
   )
   loss_fn = pretrain.make_loss(
-    model, mtp_coef=0.0, balance_coef=config.train.balance_coef
+    model, mtp_coef=_MTP_COEF, balance_coef=config.train.balance_coef
   )
 
   def make_source(write):
@@ -119,7 +129,7 @@ def run(
   if dry_run:
     return stage.dry_run(loss_fn, make_source(None).next(None))
   resolved = config_lib.to_dict(config)
-  resolved |= {'model': config_lib.to_dict(model), 'tokenizer': path}
+  resolved |= {'model': config_lib.to_dict(model)}
   return stage_lib.run(
     stage,
     resolved,

@@ -15,7 +15,7 @@ from r1jax.model import config as model_config
 from r1jax.model import transformer
 from r1jax.parallel import mesh as mesh_lib
 from r1jax.parallel import sharding
-from r1jax.recipe import origin
+from r1jax.recipe import origin, tokenizer_files
 from r1jax.train import checkpoint, loop, metrics, optimizer, progress
 from r1jax.train import state as state_lib
 from r1jax.train import step as step_lib
@@ -80,6 +80,9 @@ class Stage:
     with_reference: Keep a reference policy in the state.
     init_from: Workdir or Hugging Face folder whose variables it starts from;
       '' for random ones.
+    tokenizer: Path of the tokenizer, which goes into the workdir; '' for the
+      one that ships.
+    untrained: Parts of the paths of parameters that the loss does not see.
     profile_steps: Steps to trace from step 10 on; 0 for none.
   """
 
@@ -92,10 +95,14 @@ class Stage:
   title: str
   with_reference: bool = False
   init_from: str = ''
+  tokenizer: str = ''
+  untrained: tuple[str, ...] = ()
   profile_steps: int = 0
 
   def __post_init__(self):
-    self.optimizer = optimizer.make_optimizer(self.optim, self.train.num_steps)
+    self.optimizer = optimizer.make_optimizer(
+      self.optim, self.train.num_steps, untrained=self.untrained
+    )
     key = jax.random.key(self.seed)
     try:
       self.shardings = transformer.shardings(self.model, self.mesh)
@@ -140,6 +147,10 @@ class Stage:
       self.init_from, self.model, self.mesh, say=say
     )
     say(f'starting from step {step} of {self.init_from}')
+    # Trained in float32, whatever they were saved in.
+    variables = jax.tree.map(
+      lambda x, own: x.astype(own.dtype), variables, state.variables
+    )
     return state_lib.with_variables(state, variables)
 
   def make_train_step(self, loss_fn: step_lib.LossFn) -> step_lib.TrainStep:
@@ -207,7 +218,8 @@ def run(
 
   Args:
     stage: What is trained.
-    resolved: The whole config, as it is kept in the workdir.
+    resolved: The whole config, as it is kept in the workdir; where that has
+      its tokenizer is put in here.
     loss_fn: Of the stage.
     make_source: Builds its source of batches, given `write(step, metrics)`.
     evaluate: Held-out metrics of variables.
@@ -223,7 +235,12 @@ def run(
   if stage.init_from and sharding.first_says(is_new):
     # Before the workdir is claimed: a wrong `init_from` must leave nothing.
     state = stage.new_state(shown.say)
-  resumed = workdir_lib.prepare(stage.workdir, resolved, may_differ=MAY_DIFFER)
+  name = tokenizer_files.name_in(stage.workdir, stage.tokenizer)
+  resumed = workdir_lib.prepare(
+    stage.workdir, resolved | {'tokenizer': name}, may_differ=MAY_DIFFER
+  )
+  if jax.process_index() == 0:
+    tokenizer_files.keep(stage.workdir, stage.tokenizer)
   with checkpoint.Checkpoints(
     stage.workdir / 'checkpoints',
     max_to_keep=train.max_to_keep,

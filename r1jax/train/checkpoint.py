@@ -192,9 +192,12 @@ def restore_variables(
 ) -> tuple[state_lib.Variables, int]:
   """Reads the variables alone from a run's checkpoints; changes nothing there.
 
+  They come back in the dtype that they were saved in.
+
   Args:
     directory: The run's `checkpoints` directory.
-    abstract_variables: `ShapeDtypeStruct`s with shardings, of any mesh.
+    abstract_variables: `ShapeDtypeStruct`s with shardings, of any mesh; their
+      dtypes do not count.
     say: Takes one line about a damaged checkpoint.
 
   Returns:
@@ -207,13 +210,14 @@ def restore_variables(
   if not directory.is_dir():
     raise config.UserError(f'{directory} is not a directory of checkpoints')
   wanted = {'variables': abstract_variables}
-  args = ocp.args.Composite(**_restore_args(wanted, is_part=True))
   with integrity.quiet():
     manager = _make_manager(directory, read_only=True, create=False)
 
   def read(step: int) -> state_lib.Variables:
     _check_variables(manager, directory, step, wanted)
-    out = manager.restore(step, args=args)
+    there = _with_dtypes_of(manager.item_metadata(step)['state'], wanted)
+    args = _restore_args(there, is_part=True)
+    out = manager.restore(step, args=ocp.args.Composite(**args))
     integrity.check_sums(out['state'], out['meta']['checksums'])
     return out['state']['variables']
 
@@ -274,6 +278,19 @@ def _restore_args(
     partial_restore=is_part,
   )
   return {'state': state, 'meta': ocp.args.JsonRestore()}
+
+
+def _with_dtypes_of(metadata: Any, wanted: dict[str, Any]) -> dict[str, Any]:
+  """The variables that are wanted, in the dtypes of a checkpoint."""
+  leaves, _ = jax.tree_util.tree_flatten_with_path(metadata['variables'])
+  dtypes = {jax.tree_util.keystr(path): leaf.dtype for path, leaf in leaves}
+  variables = jax.tree_util.tree_map_with_path(
+    lambda path, x: jax.ShapeDtypeStruct(
+      x.shape, dtypes[jax.tree_util.keystr(path)], sharding=x.sharding
+    ),
+    wanted['variables'],
+  )
+  return {'variables': variables}
 
 
 def _check_variables(

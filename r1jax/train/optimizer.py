@@ -1,6 +1,8 @@
 """AdamW or Muon with the learning-rate schedules of the papers."""
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -33,7 +35,8 @@ class OptimConfig:
     b1: Decay of Adam's first moment.
     b2: Decay of Adam's second moment.
     eps: Added to the root of the second moment.
-    weight_decay: Decoupled, times the learning rate; see `is_decayed`.
+    weight_decay: Decoupled, times the learning rate; see `is_decayed`. What a
+      stage does not train does not decay.
     clip_norm: Largest global norm of the gradient.
     kind: 'adamw' (V3), or 'muon' for the matrices inside the blocks.
     trainable: Only parameters with this in their path are trained, such as
@@ -85,20 +88,27 @@ def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-  config: OptimConfig, num_steps: int
+  config: OptimConfig, num_steps: int, *, untrained: Sequence[str] = ()
 ) -> optax.GradientTransformationExtraArgs:
   """Returns clip -> Adam or Muon -> weight decay -> schedule.
 
   `update` takes the gradient's global norm as `grad_norm`: the train step
   needs it for its metrics anyway, so it is computed once.
+
+  Args:
+    config: Of the optimizer.
+    num_steps: Length of the run, for the schedule.
+    untrained: Parameters with one of these in their path get no gradient, such
+      as 'mtp_' where MTP is left out of the loss: they do not decay either.
   """
+  is_decayed_here = functools.partial(_decay_mask, untrained=tuple(untrained))
   direction = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
   if config.kind == 'muon':
     direction = muon.scale_by_muon_or(direction)
   whole = optax.chain(
     _clip_by_known_norm(config.clip_norm),
     direction,
-    optax.add_decayed_weights(config.weight_decay, mask=_decay_mask),
+    optax.add_decayed_weights(config.weight_decay, mask=is_decayed_here),
     optax.scale_by_learning_rate(make_schedule(config, num_steps)),
   )
   if not config.trainable:
@@ -119,11 +129,14 @@ def is_decayed(name: str) -> bool:
   return not name.endswith(('scale', 'bias'))
 
 
-def _decay_mask(params: Any) -> Any:
-  return jax.tree_util.tree_map_with_path(
-    lambda path, _: is_decayed(jax.tree_util.keystr((path[-1],), simple=True)),
-    params,
-  )
+def _decay_mask(params: Any, untrained: tuple[str, ...]) -> Any:
+  def is_in(path: Any, _: jax.Array) -> bool:
+    whole = jax.tree_util.keystr(path)
+    if any(part in whole for part in untrained):
+      return False
+    return is_decayed(jax.tree_util.keystr((path[-1],), simple=True))
+
+  return jax.tree_util.tree_map_with_path(is_in, params)
 
 
 def _clip_by_known_norm(

@@ -69,7 +69,7 @@ def _claim(
   except OSError as e:
     reason = e.strerror or e
     raise config_lib.UserError(f'cannot use workdir {workdir}: {reason}') from e
-  except json.JSONDecodeError as e:
+  except (json.JSONDecodeError, UnicodeDecodeError) as e:
     raise config_lib.UserError(
       f'{path} is not valid JSON ({e}); use another --workdir'
     ) from e

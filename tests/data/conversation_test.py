@@ -426,7 +426,7 @@ def test_what_a_template_cannot_hold_is_named_with_its_line(tmp_path, template):
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
-    ({'template': 'x'}, "template='x', it must be one of deepseek, "),
+    ({'template': 'x'}, "template='x', it must be one of auto, deepseek, "),
     ({'paths': ()}, 'paths=.. must name'),
     ({'held_out_fraction': 1.0}, 'held_out_fraction=1.0 must be in'),
     ({'format': 'csv'}, "format='csv' must be one of"),

@@ -39,6 +39,7 @@ from experiments import app
 from r1jax import config
 
 _MODE = flags.DEFINE_string('mode', 'print', 'What to do.')
+flags.DEFINE_string('to_hf', None, 'Folder.')
 flags.DEFINE_string(
     'workdir', None, 'Folder.', required='REQUIRED' in os.environ)
 
@@ -90,7 +91,10 @@ def main():
   assert _MODE.value == 'jax' or 'jax' not in sys.modules
 
 if __name__ == '__main__':
-  app.run(main, config_file=sys.argv.pop(1))
+  app.run(
+      main,
+      config_file=sys.argv.pop(1),
+      keeps_checkpoints='KEEPS_NONE' not in os.environ)
 """
 
 
@@ -270,6 +274,15 @@ def test_full_disk_names_the_file_or_the_workdir(folder, mode, path):
     'checkpoints that were finished are kept',
     1,
   )
+
+
+@pytest.mark.parametrize(
+  ('mode', 'path'), [('native', 'hf'), ('quota', '/place/file')]
+)
+def test_full_disk_of_an_export_speaks_of_no_checkpoints(folder, mode, path):
+  arguments = (f'--mode={mode}', '--workdir=runs/x', '--to_hf=hf')
+  result = _run(folder, *arguments, KEEPS_NONE='1')
+  _assert_one_line(result, f'the disk is full, writing {path}', 1)
 
 
 def test_a_bug_keeps_its_traceback(folder):

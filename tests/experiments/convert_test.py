@@ -3,11 +3,13 @@
 import json
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 
+from r1jax.interop import export, huggingface
 from tests import known_answers
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -55,6 +57,7 @@ def test_there_and_back_and_checked(tmp_path):
   [
     (('--to_hf=x',), 'give two of --from_hf, --workdir and --to_hf: '),
     (('--from_hf=x', '--workdir=y', '--to_hf=z'), 'give two of --from_hf'),
+    (('--from_hf=', '--to_hf=z'), 'give two of --from_hf'),
   ],
 )
 def test_where_from_and_where_to(arguments, message):
@@ -73,3 +76,79 @@ def test_a_foreign_model_type_lists_ours(tmp_path):
   )
   assert done.returncode == 2
   assert [p.name for p in tmp_path.iterdir()] == ['hf']
+
+
+def _cut(folder, keep):
+  """Keeps so many bytes of a file of a folder; less than 0: all but those."""
+  path = sorted(folder.glob('*.safetensors'))[-1]
+  data = path.read_bytes()
+  path.write_bytes(data[:keep])
+  return path.name
+
+
+def _contradict(folder, key):
+  path = folder / 'config.json'
+  values = json.loads(path.read_text())
+  path.write_text(json.dumps(values | {key: 2 * values[key]}))
+
+
+def _lose(folder):
+  path = sorted(folder.glob('*.safetensors'))[1]
+  path.unlink()
+  return path.name
+
+
+_DAMAGES = {
+  'truncated': (
+    lambda folder: _cut(folder, -100),
+    r'/{0} is cut short: \d+ bytes, tensor ',
+  ),
+  'header': (
+    lambda folder: _cut(folder, 20),
+    r'/{0} is cut short or no safetensors file: ',
+  ),
+  'missing': (
+    _lose,
+    r'/model.safetensors.index.json names {0}, which does not exist',
+  ),
+  'width': (
+    lambda folder: _contradict(folder, 'hidden_size'),
+    r'tensor \S+ of \S+ is \[.*\], by config.json it must be \[.*\]',
+  ),
+  'layers': (
+    lambda folder: _contradict(folder, 'num_hidden_layers'),
+    r'\S+ lacks the tensor model\.layers\.\d+\.',
+  ),
+}
+
+
+@pytest.mark.parametrize(
+  ('damage', 'target'),
+  [
+    *((damage, 'workdir') for damage in _DAMAGES),
+    *((damage, 'to_hf') for damage in ('truncated', 'width')),
+  ],
+)
+def test_a_broken_folder_is_one_line_and_leaves_nothing(
+  tmp_path, folder_of_files, damage, target
+):
+  folder = tmp_path / 'hf'
+  shutil.copytree(folder_of_files, folder)
+  apply, message = _DAMAGES[damage]
+  name = apply(folder)
+  done = _run(
+    'convert', f'--from_hf={folder}', f'--{target}={tmp_path / "out"}'
+  )
+  *notes, error = done.stderr.splitlines()
+  assert re.match(rf'error: \S*{message.format(name)}', error), error
+  assert all(note.startswith('jax ') for note in notes), notes
+  assert done.returncode == 2 and done.stdout == ''
+  assert [p.name for p in tmp_path.iterdir()] == ['hf']
+
+
+@pytest.fixture(scope='module')
+def folder_of_files(tmp_path_factory):
+  """A Hugging Face folder of several files with an index."""
+  folder = tmp_path_factory.mktemp('whole') / 'hf'
+  export.save(folder, *huggingface.load(_QWEN3), shard_bytes=5_000)
+  return folder

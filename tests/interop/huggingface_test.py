@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import pathlib
+import shutil
 
 import jax
 import ml_dtypes
@@ -19,7 +20,7 @@ from r1jax.model import transformer
 from r1jax.parallel import mesh as mesh_lib
 from r1jax.parallel import sharding
 from r1jax.recipe import convert
-from tests import known_answers
+from tests import known_answers, quick
 from tests.model import tiny
 from tests.model.families_test import MODELS
 
@@ -70,11 +71,15 @@ def test_mtp_is_written_with_its_copies_and_read_back(tmp_path):
   variables = tiny.variables(config)
   export.save(tmp_path / 'a', config, variables, dtype='float32')
   tensors = _read_all(tmp_path / 'a')
-  head = tensors['lm_head.weight']
   for layer in (3, 4):
-    at = f'model.layers.{layer}'
-    copy = tensors[f'{at}.shared_head.head.weight']
-    np.testing.assert_array_equal(copy, head)
+    for copy, name in (
+      ('shared_head.head', 'lm_head'),
+      ('embed_tokens', 'model.embed_tokens'),
+    ):
+      np.testing.assert_array_equal(
+        tensors[f'model.layers.{layer}.{copy}.weight'],
+        tensors[f'{name}.weight'],
+      )
   again, same = huggingface.load(tmp_path / 'a')
   assert again.mtp_depth == 2
   _assert_same(same, variables)
@@ -290,6 +295,92 @@ def test_no_shared_experts_are_written_as_tensors_without_numbers(tmp_path):
   _assert_same(huggingface.load(tmp_path / 'a')[1], variables)
 
 
+# ---- An indexer for a model without ----------------------------------------
+
+# As DeepSeek-V3.1's weights begin the warm-up of V3.2's sparse attention.
+_INDEXER = model_config.IndexerConfig(
+  num_heads=4, head_dim=16, top_k=4, dense=True
+)
+
+
+def _with_indexer(config, indexer=_INDEXER):
+  attention = dataclasses.replace(config.attention, indexer=indexer)
+  return dataclasses.replace(config, attention=attention)
+
+
+def _drawn(mesh=None, folder=_FOLDER / 'deepseek_v3'):
+  """The model with indexers, its variables and what was said."""
+  said = []
+  config = _with_indexer(huggingface.load_config(folder))
+  variables = huggingface.load_variables(
+    folder, config, mesh=mesh, say=said.append
+  )
+  return config, variables, said
+
+
+def test_an_indexer_that_no_checkpoint_has_is_drawn_and_it_is_said():
+  config, variables, said = _drawn()
+  folder = _FOLDER / 'deepseek_v3'
+  assert said == [
+    f'{folder}: config.json has no indexer; it begins with random weights'
+  ]
+  boxed = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
+  shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+  assert shapes(variables) == shapes(sharding.unbox(boxed))
+  _, plain = huggingface.load(folder)
+  there, drawn = _leaves(plain), {}
+  for name, x in _leaves(variables).items():
+    if 'indexer' in name:
+      drawn[name] = x
+    else:
+      assert x.tobytes() == there.pop(name).tobytes(), name
+  assert not there and len(drawn) == 2 * 5  # Two stacks.
+  for name, x in drawn.items():
+    if 'key_norm' in name:
+      np.testing.assert_array_equal(x, float('scale' in name))
+      continue
+    # 128 to 3,072 numbers: the spread of each is known to a fifth.
+    assert np.std(x) == pytest.approx(config.init_std, rel=0.2), name
+    assert abs(np.mean(x)) < 0.3 * config.init_std, name
+  both = drawn["['params']['moe']['attention']['indexer']['q_up']"]
+  assert not np.array_equal(both[0], both[1])
+
+
+def test_a_warm_up_begins_with_the_models_own_logits():
+  config, variables, _ = _drawn()
+  io = np.load(_FOLDER / 'deepseek_v3' / 'io.npz')
+
+  @quick.jit
+  def logits(variables, tokens_BT):
+    with jax.default_matmul_precision('highest'):
+      return transformer.Transformer(config).apply(
+        variables, tokens_BT, method='logits'
+      )
+
+  logits_BTV = logits(variables, io['input_ids'].astype(np.int32))
+  np.testing.assert_allclose(logits_BTV, io['logits'], rtol=0, atol=2e-5)
+
+
+def test_a_drawn_indexer_is_the_same_on_any_mesh():
+  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(data=2, fsdp=4))
+  _, sharded, _ = _drawn(mesh)
+  key = sharded['params']['moe']['attention']['indexer']['key']
+  assert not key.is_fully_replicated
+  _assert_same(sharded, _drawn()[1])
+
+
+def test_an_indexer_that_config_json_has_must_be_in_the_files(tmp_path):
+  source = _FOLDER / 'deepseek_v32'
+  name = 'model.layers.1.self_attn.indexer.wq_b.weight'
+  shutil.copytree(source, tmp_path / 'a')
+  said = []
+  huggingface.load(tmp_path / 'a', say=said.append)
+  assert not said
+  _drop(name)(tmp_path / 'a')
+  with pytest.raises(config_lib.UserError, match=f'lacks the tensor {name}'):
+    huggingface.load(tmp_path / 'a')
+
+
 # ---- Shards ---------------------------------------------------------------
 
 
@@ -438,7 +529,18 @@ def _drop(name):
   return _change_tensors(lambda tensors: tensors.pop(name))
 
 
-_COPY = 'model.layers.3.shared_head.head.weight'
+_HEAD_COPY = 'model.layers.3.shared_head.head.weight'
+_EMBEDDING_COPY = 'model.layers.3.embed_tokens.weight'
+
+
+def _nudge(name):
+  """Changes the last number of a tensor a little."""
+
+  def change(tensors):
+    tensors[name] = tensors[name].copy()
+    tensors[name][-1, -1] += 1e-3
+
+  return _change_tensors(change)
 
 
 @pytest.mark.parametrize(
@@ -473,10 +575,12 @@ _COPY = 'model.layers.3.shared_head.head.weight'
       _set('lm_head.weight', np.zeros((64, 32), fp8.E4M3)),
       'lacks the tensor lm_head.weight_scale_inv',
     ),
+    (_nudge(_HEAD_COPY), f'{_HEAD_COPY} is not equal to lm_head.weight'),
     (
-      _set(_COPY, np.zeros((64, 32), np.float32)),
-      f'{_COPY} is not equal to lm_head.weight',
+      _nudge(_EMBEDDING_COPY),
+      f'{_EMBEDDING_COPY} is not equal to model.embed_tokens.weight',
     ),
+    (_drop(_EMBEDDING_COPY), f'lacks the tensor {_EMBEDDING_COPY}'),
     (
       _set('model.norm.weight', np.zeros(32, fp8.E4M3)),
       r'model.norm.weight of .* is F8_E4M3 \[32\], FP8 in blocks must be a mat',

@@ -180,3 +180,59 @@ def test_damage_is_named(tmp_path, damage, message):
 def test_no_folder_is_said(tmp_path):
   with pytest.raises(config_lib.UserError, match='gone is no folder'):
     safetensors.Reader(tmp_path / 'gone')
+
+
+def _index(folder, weight_map):
+  text = json.dumps({'weight_map': weight_map})
+  (folder / safetensors.INDEX).write_text(text)
+
+
+@pytest.mark.parametrize(
+  ('weight_map', 'message'),
+  [
+    ({}, 'is no safetensors index: it must hold a weight_map of tensors'),
+    (['a'], 'is no safetensors index: it must hold a weight_map of tensors'),
+    ({'a': 5}, 'says that a is in 5, it must be a file of the folder'),
+    ({'a': '../x'}, "says that a is in '../x', it must be a file of the"),
+  ],
+)
+def test_an_index_of_a_wrong_form(tmp_path, weight_map, message):
+  _write(tmp_path)
+  _index(tmp_path, weight_map)
+  with pytest.raises(config_lib.UserError, match=message):
+    safetensors.Reader(tmp_path)
+
+
+def test_files_that_the_index_does_not_name_are_known(tmp_path):
+  files = _write(tmp_path, shard_bytes=34)
+  first, second = sorted(files)
+  with safetensors.closing(tmp_path) as reader:
+    assert not reader.stray_files
+  _index(tmp_path, {'a': first, 'b': first})
+  with safetensors.closing(tmp_path) as reader:
+    assert list(reader.entries) == ['a', 'b']
+    assert reader.stray_files == [tmp_path / second]
+
+
+@pytest.mark.parametrize('is_overlapping', [False, True])
+def test_tensors_do_not_share_bytes(tmp_path, is_overlapping):
+  start = 4 if is_overlapping else 8
+  header = {
+    'b': {'dtype': 'F32', 'shape': [2], 'data_offsets': [start, start + 8]},
+    'a': {'dtype': 'F32', 'shape': [2], 'data_offsets': [0, 8]},
+    'none': {'dtype': 'F32', 'shape': [0], 'data_offsets': [8, 8]},
+  }
+  if is_overlapping:
+    del header['none']
+  raw = json.dumps(header).encode()
+  path = tmp_path / 'model.safetensors'
+  path.write_bytes(struct.pack('<Q', len(raw)) + raw + bytes(16))
+  if not is_overlapping:
+    assert set(safetensors.Reader(tmp_path).entries) == {'a', 'b', 'none'}
+    return
+  with pytest.raises(
+    config_lib.UserError,
+    match=f'tensors a and b of {path} overlap: the first ends at byte 8, the '
+    'second starts at 4',
+  ):
+    safetensors.Reader(tmp_path)

@@ -2,8 +2,9 @@
 
   python transformers_peer.py FOLDER… < /dev/null
 
-Prints a JSON object a line: the folder, the largest difference of its logits
-from FOLDER/io.npz, and whatever transformers had to say while loading.
+Prints a JSON object a line: the folder, the dtype it was loaded in, the largest
+difference of its logits, in float32, from FOLDER/io.npz, and whatever
+transformers had to say while loading.
 """
 
 import contextlib
@@ -30,6 +31,7 @@ def check(folder: pathlib.Path) -> dict[str, object]:
         folder, attn_implementation='eager'
       )
   logging.getLogger('transformers').removeHandler(handler)
+  dtype = str(model.dtype)
   file = np.load(folder / 'io.npz')
   tokens = torch.tensor(file['input_ids'].astype(np.int64))
   with torch.no_grad():
@@ -37,6 +39,7 @@ def check(folder: pathlib.Path) -> dict[str, object]:
   warned = [str(w.message) for w in caught]
   return {
     'folder': folder.name,
+    'dtype': dtype,
     'largest': float(np.abs(logits - file['logits']).max()),
     'said': said.getvalue() + ''.join(warned),
   }

@@ -1,14 +1,15 @@
 """transformers loads what we export, silently, and gives the same logits.
 
-Needs another Python with torch and transformers:
-R1JAX_TRANSFORMERS_PYTHON=…/bin/python; skipped without.
+Exports in float32 and bfloat16, as one file and as several. Needs another
+Python with torch and transformers 5, R1JAX_TRANSFORMERS_PYTHON=…/bin/python;
+skipped without.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
-import shutil
 import subprocess
 
 import jax
@@ -130,36 +131,58 @@ def _other_shapes():
   )
 
 
-def _export(folder: pathlib.Path) -> None:
+# Of a file: one holds any of these models, or one or two tensors.
+_SHARD_BYTES = {'whole': 1 << 30, 'split': 5_000}
+_EXPORTS = (
+  ('float32', 'whole'),
+  ('float32', 'split'),
+  ('bfloat16', 'whole'),
+  ('bfloat16', 'split'),
+)
+
+
+def _models():
+  """(name, config, variables, tokens) of everything that is exported."""
   for name in MODELS:
     source = known_answers.DATA / 'hf_models' / name
-    config, variables = huggingface.load(source)
-    export.save(folder / name, config, variables, dtype='float32')
-    shutil.copy(source / 'io.npz', folder / name)
+    tokens_BT = np.load(source / 'io.npz')['input_ids']
+    yield name, *huggingface.load(source), tokens_BT
   tokens_BT = np.random.default_rng(0).integers(0, tiny.V, (2, 12))
   for name, config in _other_shapes():
-    variables = tiny.variables(config)
-    export.save(folder / name, config, variables, dtype='float32')
+    yield name, config, tiny.variables(config), tokens_BT
 
-    @quick.jit
-    def logits(variables, tokens_BT, config=config):
-      with jax.default_matmul_precision('highest'):
-        return transformer.Transformer(config).apply(
-          variables, tokens_BT, method='logits'
-        )
 
-    again, loaded = huggingface.load(folder / name)
-    assert again == dataclasses.replace(config, moe=again.moe)
-    np.savez(
-      folder / name / 'io.npz',
-      input_ids=tokens_BT,
-      logits=logits(loaded, tokens_BT),
+@functools.partial(quick.jit, static_argnames=('config',))
+def _logits(config, variables, tokens_BT):
+  with jax.default_matmul_precision('highest'):
+    return transformer.Transformer(config).apply(
+      variables, tokens_BT, method='logits'
     )
 
 
+def _export(folder: pathlib.Path) -> None:
+  """Exports everything, with logits of what we read back in float32."""
+  for name, config, variables, tokens_BT in _models():
+    for dtype, files in _EXPORTS:
+      out = folder / f'{name}-{dtype}-{files}'
+      export.save(
+        out, config, variables, dtype=dtype, shard_bytes=_SHARD_BYTES[files]
+      )
+      assert len(list(out.glob('*.safetensors'))) > 5 * (files == 'split')
+      again, loaded = huggingface.load(out)
+      assert again == dataclasses.replace(config, moe=again.moe)
+      logits_BTV = _logits(again, loaded, tokens_BT)
+      np.savez(out / 'io.npz', input_ids=tokens_BT, logits=logits_BTV)
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not _PYTHON, reason='no R1JAX_TRANSFORMERS_PYTHON')
+@pytest.mark.skipif(
+  not _PYTHON,
+  reason='set R1JAX_TRANSFORMERS_PYTHON=DIR/bin/python, a virtual environment '
+  'with torch and transformers 5',
+)
 def test_transformers_loads_every_export_and_agrees(tmp_path):
+  """Logits within 2e-5, those of bfloat16 weights too: computed in float32."""
   _export(tmp_path)
   folders = sorted(tmp_path.iterdir())
   script = pathlib.Path(__file__).with_name('transformers_peer.py')
@@ -171,5 +194,7 @@ def test_transformers_loads_every_export_and_agrees(tmp_path):
   assert [row['folder'] for row in rows] == [f.name for f in folders]
   for row in rows:
     print(row)
+    dtype = row['folder'].split('-')[1]
     assert row['said'] == '', row
+    assert row['dtype'] == f'torch.{dtype}', row
     assert row['largest'] < 2e-5, row

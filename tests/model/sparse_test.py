@@ -153,3 +153,116 @@ def test_decoding_several_tokens_gathers_for_each_its_own_keys():
   np.testing.assert_allclose(
     then.hidden_BTD, whole.hidden_BTD[:, 8:], atol=2e-5
   )
+
+
+# ---- What the indexers have to learn ---------------------------------------
+
+
+def _norm(x, scale, eps=1e-6):
+  return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * scale
+
+
+def _pairs(x, first, second, position, theta=10000.0):
+  """Rotates the pairs (x[first[i]], x[second[i]])."""
+  frequency = theta ** (-np.arange(len(first)) / len(first))
+  out = x.copy()
+  c, s = np.cos(position * frequency), np.sin(position * frequency)
+  out[first] = x[first] * c - x[second] * s
+  out[second] = x[second] * c + x[first] * s
+  return out
+
+
+def _softmax(x):
+  e = np.exp(x - x.max())
+  return e / e.sum()
+
+
+def _divergence_by_hand(config, variables, tokens, segment, position):
+  """KL(p ‖ softmax I) of each query of one row of one layer, float64."""
+  a, c = config.attention, config.attention.indexer
+  N, R, C = a.nope_head_dim, a.rope_head_dim, a.kv_lora_rank
+  wide = lambda tree: jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
+  params = wide(variables['params'])
+  layer = jax.tree.map(lambda x: x[0], params['dense'])
+  w, i = layer['attention'], layer['attention']['indexer']
+  x_TD = _norm(params['embedding'][tokens], layer['attention_norm']['scale'])
+  latent_TA = _norm(x_TD @ w['q_down'], w['q_norm']['scale'])
+  down_TC = x_TD @ w['kv_down']
+  kv_TC = _norm(down_TC[:, :C], w['kv_norm']['scale'])
+  even, odd = np.arange(0, R, 2), np.arange(1, R, 2)
+  low, high = np.arange(R // 2), np.arange(R // 2, R)
+
+  def key(s):
+    """The indexer's."""
+    k = x_TD[s] @ i['key']
+    k = (k - k.mean()) / np.sqrt(k.var() + 1e-6)
+    k = k * i['key_norm']['scale'] + i['key_norm']['bias']
+    return _pairs(k, low, high, position[s])
+
+  out = np.zeros(len(tokens))
+  for t in range(len(tokens)):
+    seen = [
+      s
+      for s in range(len(tokens))
+      if segment[s] == segment[t] > 0 and position[s] <= position[t]
+    ]
+    if not seen:
+      continue
+    weight_J = x_TD[t] @ i['weight'] / np.sqrt(c.num_heads * c.head_dim)
+    index = dict.fromkeys(seen, 0.0)
+    for j in range(c.num_heads):
+      q = _pairs(latent_TA[t] @ i['q_up'][:, j], low, high, position[t])
+      for s in seen:
+        index[s] += weight_J[j] * max(q @ key(s), 0.0)
+    if not c.dense:
+      seen = sorted(seen, key=index.get, reverse=True)[: c.top_k]
+    p = np.zeros(len(seen))
+    for h in range(a.num_heads):
+      q = latent_TA[t] @ w['q_up'][:, h]
+      q_rope = _pairs(q[N:], even, odd, position[t])
+      score = [
+        q[:N] @ (kv_TC[s] @ w['k_up'][:, h])
+        + q_rope @ _pairs(down_TC[s, C:], even, odd, position[s])
+        for s in seen
+      ]
+      p += _softmax(np.array(score) / np.sqrt(N + R)) / a.num_heads
+    q = _softmax(np.array([index[s] for s in seen]))
+    out[t] = np.sum(p * np.log(p / q))
+  return out
+
+
+@pytest.mark.parametrize('dense', [True, False])
+def test_the_indexer_loss_is_the_papers_sum(dense):
+  """Over all visible keys in the warm-up, over the selected ones after it."""
+  config = dataclasses.replace(
+    _config(dense=dense), num_layers=1, num_dense_layers=1, moe=None
+  )
+  variables = tiny.variables(config)
+  tokens_BT, segment_BT, position_BT = _tokens()
+  # A row of one document; one of two, 7 and 4 tokens, and padding.
+  segment_BT[1] = [1] * 7 + [2] * 4 + [0]
+  position_BT[1] = [*range(7), *range(4), 0]
+  inputs = tokens_BT, segment_BT, position_BT
+  actual_BT = _indexer_loss(config, variables, *inputs)[0]
+  expected_BT = np.stack(
+    [_divergence_by_hand(config, variables, *row) for row in zip(*inputs)]
+  )
+  assert expected_BT[0, 5:].min() > 1e-2 and expected_BT[1, -1] == 0
+  # float32 sums of some dozen terms of size 1 against float64.
+  np.testing.assert_allclose(actual_BT, expected_BT, rtol=0, atol=2e-5)
+
+
+@functools.partial(quick.jit, static_argnames=('config',))
+def _indexer_loss(config, variables, tokens_BT, segment_BT, position_BT):
+  with jax.default_matmul_precision('highest'):
+    return (
+      transformer.Transformer(config)
+      .apply(
+        variables,
+        tokens_BT,
+        segment_BT=segment_BT,
+        position_BT=position_BT,
+        indexer_loss=True,
+      )
+      .indexer_LBT
+    )

@@ -14,9 +14,10 @@ import pytest
 from r1jax import config as config_lib
 from r1jax import types
 from r1jax.data import tokenizer
+from r1jax.model import config as model_config
 from r1jax.model import transformer
 from r1jax.parallel import mesh as mesh_lib
-from r1jax.recipe import grpo, origin, rollouts, samples
+from r1jax.recipe import grpo, origin, rollouts, samples, tasks
 from r1jax.rl.reward import strings
 from r1jax.train import checkpoint, metrics, source_state, workdir
 from r1jax.train import state as state_lib
@@ -514,3 +515,68 @@ def test_a_base_that_is_none_is_the_users_error(content, tmp_path):
   with pytest.raises(config_lib.UserError) as error:
     origin.load_model_config(str(tmp_path))
   assert str(tmp_path) in str(error.value)
+
+
+def test_what_the_loss_does_not_see_is_what_does_not_decay():
+  indexer = model_config.IndexerConfig(num_heads=2, head_dim=16, top_k=4)
+  attention = dataclasses.replace(
+    micro.model().attention, q_lora_rank=16, indexer=indexer
+  )
+  model = micro.model(attention=attention)
+  loss_fn = grpo.make_loss(
+    model, micro.policy_loss(), temperature=1.0, balance_coef=0.01
+  )
+  rng, (B, T) = np.random.default_rng(0), (4, 32)
+  noise = lambda: rng.normal(size=(B, T)).astype(np.float32)
+  batch = types.PolicyBatch(
+    tokens_BT=rng.integers(0, model.vocab_size, (B, T)).astype(np.int32),
+    mask_BT=np.ones((B, T), np.float32),
+    segment_BT=np.ones((B, T), np.int32),
+    position_BT=np.tile(np.arange(T, dtype=np.int32), (B, 1)),
+    num_tokens=np.float32(B * T),
+    num_sequences=np.float32(B),
+    old_logp_BT=noise() - 5,
+    ref_logp_BT=noise() - 5,
+    adv_BT=noise(),
+    length_BT=np.full((B, T), T, np.float32),
+  )
+  grad = quick.jit(jax.grad(lambda v: loss_fn(v, batch)[0], allow_int=True))
+  grads = grad(micro.variables(model))['params']
+  leaves, _ = jax.tree_util.tree_flatten_with_path(grads)
+  names = {jax.tree_util.keystr(path): np.any(x) for path, x in leaves}
+  unseen = {name for name, has_any in names.items() if not has_any}
+  is_left_out = lambda name: any(part in name for part in grpo.UNTRAINED)
+  assert unseen == set(filter(is_left_out, names)) and unseen < names.keys()
+
+
+def test_held_out_questions_need_not_divide_over_the_devices(monkeypatch):
+  """Rows that fill up do not count; row i has length i and score i here."""
+
+  def sample(variables, prompt_BT, length_B, key):
+    rows_B = np.arange(len(prompt_BT))
+    return types.Rollout(
+      **dict.fromkeys(f.name for f in dataclasses.fields(types.Rollout))
+      | {'mask_BT': (np.arange(12) < rows_B[:, None]).astype(np.float32)}
+    )
+
+  def score(rollout, questions):
+    rows_P1 = np.arange(len(questions), dtype=np.float32)[:, None]
+    return {'accuracy': rows_P1, 'format': 2 * rows_P1}
+
+  make_sampler = lambda *args, **options: sample
+  monkeypatch.setattr(grpo.rollouts, 'make_sampler', make_sampler)
+  monkeypatch.setattr(grpo.scoring, 'make_score', lambda *args: score)
+  values = micro.grpo_dict('x', eval_problems=5)
+  config = config_lib.from_dict(grpo.GrpoConfig, values)
+  ours = tokenizer.default()
+  task = tasks.make_task(
+    config.task,
+    seed=0,
+    render=str,
+    limit=tasks.PromptLimit(ours, 12),
+    say=print,
+  )
+  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(-1, 1))
+  evaluate = grpo._make_held_out(config, task, micro.model(), mesh, ours)
+  expected = {'eval/greedy': 2.0, 'eval/format': 4.0, 'eval/length': 2.0}
+  assert evaluate(None) == expected  # Of 0 to 4, though there are 8 devices.

@@ -5,52 +5,19 @@ import json
 import os
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
+from configs import sparse_attention
 from r1jax import config as config_lib
 from r1jax.data import tokenizer
 from r1jax.interop import export, huggingface
 from r1jax.model import config as model_config
-from r1jax.recipe import convert, evaluation, grpo, origin, sft
+from r1jax.recipe import convert, evaluation, grpo, origin, pretrain, sft
 from r1jax.train import metrics
-from tests.data import tiny_tokenizer
 from tests.model import tiny
-from tests.recipe import micro
-
-_WRITERS = {
-  'deepseek': tiny_tokenizer.write_deepseek,
-  'qwen3': tiny_tokenizer.write_qwen,
-}
-
-
-def _model(kind) -> model_config.ModelConfig:
-  """A tiny model with a row for each id of its tokenizer."""
-  config = micro.model(mtp_depth=0, vocab_size=320, max_length=128)
-  if kind == 'deepseek':
-    return config
-  attention = model_config.GqaConfig(
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=16,
-    rope=model_config.RopeConfig(theta=1e6, interleaved=False),
-    qk_norm=True,
-  )
-  return dataclasses.replace(
-    config,
-    attention=attention,
-    moe=None,
-    num_dense_layers=2,
-    tie_embeddings=True,
-  )
-
-
-def _folder(path, kind) -> str:
-  """A Hugging Face folder with random weights and a tokenizer."""
-  model = _model(kind)
-  export.save(path, model, micro.variables(model), dtype='float32')
-  _WRITERS[kind](path)
-  return str(path)
+from tests.recipe import foreign, micro
 
 
 def _questions(path) -> str:
@@ -73,7 +40,7 @@ def _task(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', ['deepseek', 'qwen3'])
 def test_grpo_runs_on_an_imported_model_and_it_is_exported(tmp_path, kind):
-  folder = _folder(tmp_path / 'hf', kind)
+  folder = foreign.write(tmp_path / 'hf', kind)
   rollout = dataclasses.asdict(
     micro.rollout(rule='boxed', max_prompt_tokens=40, row_length=64)
   )
@@ -116,7 +83,7 @@ def test_grpo_runs_on_an_imported_model_and_it_is_exported(tmp_path, kind):
 
 @pytest.mark.slow
 def test_an_imported_model_is_evaluated_with_its_template(tmp_path):
-  folder = _folder(tmp_path / 'hf', 'qwen3')
+  folder = foreign.write(tmp_path / 'hf', 'qwen3')
   workdir = tmp_path / 'evaluated'
   before = sorted(os.listdir(folder))
   config = config_lib.from_dict(
@@ -145,13 +112,84 @@ def test_an_imported_model_is_evaluated_with_its_template(tmp_path):
   assert json.loads(line)['prompt'].startswith('<|im_start|>user\nWhat is')
 
 
+def _sparse_config(stage, init_from, num_steps) -> pretrain.PretrainConfig:
+  """configs/sparse_attention.py's, but for model, data and duration."""
+  values = sparse_attention.get_config(stage).to_dict()
+  optim = values['optim']
+  is_dense = values['model']['attention']['indexer']['dense']
+  model = _sparse_model()
+  model = dataclasses.replace(
+    model,
+    attention=dataclasses.replace(
+      model.attention,
+      indexer=model_config.IndexerConfig(8, 16, top_k=8, dense=is_dense),
+    ),
+  )
+  changed = micro.pretrain_dict(
+    model=config_lib.to_dict(model),
+    optim=optim,
+    init_from=init_from,
+    mtp_coef=values['mtp_coef'],
+    train=values['train'] | {'num_steps': num_steps, 'eval_every': 0},
+  )
+  return config_lib.from_dict(pretrain.PretrainConfig, changed)
+
+
+def _sparse_model() -> model_config.ModelConfig:
+  attention = dataclasses.replace(micro.model().attention, q_lora_rank=16)
+  return micro.model(attention=attention)
+
+
+@pytest.mark.slow
+def test_sparse_attention_is_taught_to_a_v3_without(tmp_path, capfd):
+  folder, model = str(tmp_path / 'hf'), _sparse_model()
+  export.save(folder, model, micro.variables(model), dtype='float32')
+  warm, sparse = str(tmp_path / 'warm_up'), str(tmp_path / 'sparse')
+  config = _sparse_config('warm_up', folder, 30)
+  with micro.on(micro.one_device()):
+    first = pretrain.run(config, warm)
+    said = ''.join(capfd.readouterr())
+    assert said.count('config.json has no indexer; it begins with random') == 1
+    second = pretrain.run(_sparse_config('sparse', warm, 2), sparse)
+  # The warm-up learns what attention does, and touches nothing but indexers.
+  rows = list(metrics.read(tmp_path / 'warm_up'))
+  gaps = [r['indexer/divergence'] for r in rows if 'indexer/divergence' in r]
+  assert len(gaps) == 30 and gaps[-1] < 0.9 * gaps[0]
+  _, before = huggingface.load(folder)
+  flat = lambda tree: {
+    jax.tree_util.keystr(path): np.asarray(x)
+    for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]
+  }
+  before, after = flat(before), flat(first.variables)
+  last = flat(second.variables)
+  learnt = {name for name in after if 'indexer' in name}
+  assert len(learnt) == 3 * 5  # Two stacks and the MTP module.
+  assert before.keys() == after.keys() - learnt
+  for name in before:
+    np.testing.assert_array_equal(after[name], before[name], err_msg=name)
+  # Then everything learns that has a gradient.
+  changed = {n for n in after if not np.array_equal(after[n], last[n])}
+  assert changed == {n for n in after if n.startswith("['params']")}
+  # And it goes out as a V3.2.
+  convert.to_huggingface(
+    sparse,
+    str(tmp_path / 'out'),
+    mesh=micro.one_device(),
+    dtype='bfloat16',
+    shard_gib=1.0,
+    say=print,
+  )
+  loaded = huggingface.load_config(tmp_path / 'out')
+  assert loaded.attention.indexer.top_k == 8
+
+
 def _sft_config(tmp_path, num_steps, **changes) -> sft.SftConfig:
   values = {
     'seed': 0,
     'init_from': '',
     'model': config_lib.to_dict(
       dataclasses.replace(
-        _model('qwen3'), vocab_size=tokenizer.default().vocab_size
+        foreign.model('qwen3'), vocab_size=tokenizer.default().vocab_size
       )
     ),
     'data': {
@@ -197,7 +235,7 @@ def test_sft_learns_resumes_and_is_exported(tmp_path):
     say=print,
   )
   loaded, _ = huggingface.load(tmp_path / 'out')
-  assert loaded.attention == _model('qwen3').attention
+  assert loaded.attention == foreign.model('qwen3').attention
   # It can be trained on: the tokenizer that ships went with it.
   config = _sft_config(tmp_path, 3, init_from=str(tmp_path / 'out'), model=None)
   with micro.on(micro.one_device()):
@@ -302,7 +340,7 @@ def test_a_workdir_is_made_whole_or_not_at_all(tmp_path, monkeypatch):
     raise OSError('disk full')
 
   with monkeypatch.context() as patch:
-    patch.setattr(convert, '_copy_tokenizer', fail)
+    patch.setattr(convert.tokenizer_files, 'copy', fail)
     with pytest.raises(OSError, match='disk full'):
       make(tmp_path / 'run')
   assert sorted(p.name for p in tmp_path.iterdir()) == ['tiny']

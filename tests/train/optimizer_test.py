@@ -137,3 +137,18 @@ def test_only_what_is_named_is_trained():
   np.testing.assert_array_equal(
     updates['indexer']['key'], expected['indexer']['key']
   )
+
+
+@pytest.mark.parametrize('kind', ['adamw', 'muon'])
+def test_what_is_not_trained_does_not_decay(kind):
+  block = {'up': jnp.ones((2, 2)), 'scale': jnp.ones(2)}
+  params = {'mtp_1': {'block': block}, 'dense': block}
+  config = _config(warmup_steps=0, kind=kind)
+  tx = optimizer.make_optimizer(config, 10, untrained=('mtp_',))
+  grads = jax.tree.map(jnp.zeros_like, params)
+  updates, _ = tx.update(
+    grads, tx.init(params), params, grad_norm=jnp.float32(0.0)
+  )
+  assert not any(np.any(x) for x in jax.tree.leaves(updates['mtp_1']))
+  decay = config.peak_lr * config.weight_decay
+  np.testing.assert_allclose(updates['dense']['up'], -decay, rtol=1e-6)

@@ -73,3 +73,9 @@ def test_a_broken_config_file_is_one_line(tmp_path):
   (tmp_path / 'config.json').write_text('{"a": ')
   with pytest.raises(config.UserError, match='not valid JSON'):
     workdir.prepare(tmp_path, _CONFIG)
+
+
+def test_a_config_that_is_no_text_is_named(tmp_path):
+  (tmp_path / 'config.json').write_bytes(bytes(range(128, 256)))
+  with pytest.raises(config.UserError, match='config.json is not valid JSON'):
+    workdir.prepare(tmp_path, {'steps': 1})

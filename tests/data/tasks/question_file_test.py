@@ -1,11 +1,15 @@
 """Questions of files: gold answers, what is held out, and mistakes."""
 
+import decimal
 import json
+import re
 
 import pytest
 
+from configs import grpo_gsm8k
 from r1jax import config as config_lib
 from r1jax.data.tasks import question_file
+from r1jax.rl.reward import text
 
 _GOLD = '#### (.+)'
 _ROWS = [
@@ -52,6 +56,35 @@ def test_a_share_is_held_out_by_the_question_alone(tmp_path):
     assert len(train) + len(held_out) == len(_ROWS)
     sides.append({q.prompt for q in held_out})
   assert sides[0] == sides[1] and 0 < len(sides[0]) < 15
+
+
+def test_gsm8k_is_a_task_with_numbers_for_answers(shared_data):
+  values = grpo_gsm8k.get_config().task.to_dict()
+  folder = shared_data / 'gsm8k'
+  values |= {
+    'paths': (str(folder / 'train.jsonl'),),
+    'eval_paths': (str(folder / 'test.jsonl'),),
+  }
+  config = config_lib.from_dict(question_file.QuestionFileConfig, values)
+  train, held_out = question_file.load(config)
+  assert (len(train), len(held_out)) == (7473, 1319)
+  assert train[0].prompt.startswith('Natalia sold clips to 48 of her friends')
+  assert (train[0].answer, held_out[0].answer) == ('72', '18')
+  lines = [
+    line
+    for name in ('train.jsonl', 'test.jsonl')
+    for line in (folder / name).read_text(encoding='utf-8').splitlines()
+  ]
+  for q, line in zip((*train, *held_out), lines, strict=True):
+    whole = json.loads(line)
+    assert q.prompt == whole['question']
+    assert q.answer == whole['answer'].rpartition('####')[2].strip()
+    assert re.fullmatch(r'-?\d[\d,]*(\.\d+)?', q.answer), q
+    number = text.number(q.answer)
+    assert number == decimal.Decimal(q.answer.replace(',', '')), q
+    boxed = '<think>a</think>\\boxed{' + str(number) + '}'
+    grade = text.grade(boxed, q.answer, format_name='boxed', finished=True)
+    assert grade.correct and grade.format, q
 
 
 @pytest.mark.parametrize(
