@@ -22,6 +22,23 @@ def test_sizes(config, sizes):
   assert mesh.size == 8
 
 
+def test_any_product_of_axes_that_is_the_number_of_devices():
+  config = mesh_lib.MeshConfig(data=-1, context=2, expert=2, tensor=2)
+  mesh = mesh_lib.make_mesh(config)
+  assert dict(mesh.shape) == {
+    'pipe': 1, 'data': 1, 'fsdp': 1, 'context': 2, 'expert': 2, 'tensor': 2,
+  }  # fmt: skip
+
+
+def test_data_alone_crosses_slices():
+  with pytest.raises(ValueError, match='data=2 must be a multiple of num_sl'):
+    mesh_lib.make_mesh(mesh_lib.MeshConfig(data=2, fsdp=4, num_slices=4))
+  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(data=4, fsdp=2, num_slices=2))
+  assert mesh.shape['data'] == 4
+  with pytest.raises(ValueError, match='num_slices=0 must be at least 1'):
+    mesh_lib.MeshConfig(num_slices=0)
+
+
 def test_one_device():
   mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(), jax.devices()[:1])
   assert mesh.size == 1
@@ -32,7 +49,7 @@ def test_errors_name_the_sizes():
     mesh_lib.make_mesh(mesh_lib.MeshConfig(data=3, fsdp=2))
   with pytest.raises(ValueError, match='data=2 x fsdp=3 needs 6 .* are 8'):
     mesh_lib.make_mesh(mesh_lib.MeshConfig(data=-1, fsdp=3))
-  with pytest.raises(ValueError, match='data=0, fsdp=1'):
+  with pytest.raises(ValueError, match='data=0: sizes are >= 1, or -1'):
     mesh_lib.MeshConfig(data=0)
   with pytest.raises(ValueError, match='at most one axis may be -1'):
     mesh_lib.MeshConfig(data=-1, fsdp=-1)
