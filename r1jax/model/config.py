@@ -276,7 +276,7 @@ class MoeConfig:
     has_bias: The choice has a bias that evens out the load (V3).
     block: Rows of one expert that are worked off together.
     implementation: Of pallas_kernels.routed_swiglu: 'xla' on a CPU, 'grouped'
-      on an accelerator.
+      on an accelerator, 'megablox' for large models on TPUs.
     exchange: With experts on several devices.
   """
 
