@@ -203,8 +203,16 @@ def own_length(x_BT: jax.Array) -> jax.Array:
       f'mesh axis context={parts} does not divide {x_BT.shape[1]} tokens'
     )
   length = x_BT.shape[1] // parts
-  first = jax.lax.axis_index('context') * length
-  return jax.lax.dynamic_slice_in_dim(x_BT, first, length, axis=1)
+  return jax.lax.dynamic_slice_in_dim(
+    x_BT, first_of_length(length), length, axis=1
+  )
+
+
+def first_of_length(length: int) -> int | jax.Array:
+  """Where this device's part of sequences begins, of `length` tokens each."""
+  if axis_size('context') == 1:
+    return 0
+  return jax.lax.axis_index('context') * length
 
 
 def gather_length(x_BT: jax.Array) -> jax.Array:
