@@ -1,5 +1,6 @@
 """Programs that tests compile for TPUs: devices in, jax.stages.Lowered out."""
 
+import functools
 import os
 from collections.abc import Sequence
 
@@ -7,9 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+  Mesh,
+  NamedSharding,
+  PartitionSpec,
+  SingleDeviceSharding,
+)
 
 from configs import pretrain as pretrain_config
+from pallas_kernels.flash_attention import ops as flash_attention_ops
+from pallas_kernels.grouped_matmul import ops as grouped_matmul_ops
 from r1jax import config, types
 from r1jax.parallel import mesh as mesh_lib
 from r1jax.parallel import sharding
@@ -44,6 +52,75 @@ def abort(devices: Sequence[jax.Device]) -> jax.stages.Lowered:
   """Kills the process, as the compiler itself may."""
   del devices
   os.abort()
+
+
+# Rows, k, n, groups: Moonlight's widths; 1408 is no whole number of tiles.
+MEGABLOX = 4096, 2048, 1408, 4
+
+
+def megablox(devices: Sequence[jax.Device]) -> jax.stages.Lowered:
+  """A grouped matmul with its gradient, on one device."""
+  m, k, n, g = MEGABLOX
+
+  @jax.jit
+  def run(x_mk, w_gkn, size_g, pull_mn):
+    multiply = functools.partial(
+      grouped_matmul_ops.grouped_matmul,
+      size_g=size_g,
+      block=512,
+      implementation='megablox',
+    )
+    out_mn, vjp = jax.vjp(multiply, x_mk, w_gkn)
+    return out_mn, vjp(pull_mn)
+
+  struct = functools.partial(
+    jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(devices[0])
+  )
+  return run.lower(
+    struct((m, k), jnp.bfloat16),
+    struct((g, k, n), jnp.bfloat16),
+    struct((g,), jnp.int32),
+    struct((m, n), jnp.bfloat16),
+  )
+
+
+# Queries, keys, heads, and the widths of MLA's keys and values.
+SPLASH = 1024, 4096, 8, 192, 128
+
+
+def splash(devices: Sequence[jax.Device]) -> jax.stages.Lowered:
+  """Attention of some of a row's queries, with its gradient, on one device."""
+  T, S, H, Q, U = SPLASH
+
+  @jax.jit
+  def run(q_BTHQ, k_BSHQ, v_BSHU, segment_BS, first, pull_BTHU):
+    segment_BT = jax.lax.dynamic_slice_in_dim(segment_BS, first, T, axis=1)
+    out_BTHU, vjp = jax.vjp(
+      lambda *args: flash_attention_ops.flash_attention(
+        *args,
+        segment_BT,
+        segment_BS,
+        first,
+        scale=Q**-0.5,
+        implementation='splash',
+      ),
+      q_BTHQ,
+      k_BSHQ,
+      v_BSHU,
+    )
+    return out_BTHU, vjp(pull_BTHU)
+
+  struct = functools.partial(
+    jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(devices[0])
+  )
+  return run.lower(
+    struct((1, T, H, Q), jnp.bfloat16),
+    struct((1, S, H, Q), jnp.bfloat16),
+    struct((1, S, H, U), jnp.bfloat16),
+    struct((1, S), jnp.int32),
+    struct((), jnp.int32),
+    struct((1, T, H, U), jnp.bfloat16),
+  )
 
 
 def tiny_train_step(devices: Sequence[jax.Device]) -> jax.stages.Lowered:
