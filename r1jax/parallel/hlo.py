@@ -358,9 +358,7 @@ def _touched(
   return out + sum(read)
 
 
-def _fused_use(
-  module: Module, name: str
-) -> tuple[dict[int, int], float]:
+def _fused_use(module: Module, name: str) -> tuple[dict[int, int], float]:
   """What a fusion reads of operands that it slices, and what it writes."""
   instructions = module.computations.get(name, [])
   number = {

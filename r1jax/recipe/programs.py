@@ -15,7 +15,6 @@ from etils import epath
 from r1jax import types
 from r1jax.model import config as model_config
 from r1jax.model import transformer
-from r1jax.parallel import mesh as mesh_lib
 from r1jax.parallel import sharding
 from r1jax.recipe import config_check, grpo, origin, pretrain, rollouts, sft
 from r1jax.recipe import stage as stage_lib
@@ -63,18 +62,22 @@ def build(
     name: One of `names(config)`.
     config: Of the run.
     devices: Real ones, or a topology's.
-    model: In place of that of `init_from`; None if the config has its own, or
-      to read it there.
+    model: In place of that of `init_from`, as suits the devices; None if the
+      config has its own, or to read it there.
 
   Raises:
     UserError: The mesh does not fit the devices, or the sizes each other.
   """
   mesh = stage_lib.make_mesh(config.mesh, devices)
   own = getattr(config, 'model', None)  # A GRPO run has none.
-  if model is None and own is None:
+  if own is not None:
+    model = own
+  elif model is not None:
+    model = origin.suited(model, mesh)
+  else:
     model = origin.load_model_config(config.init_from)
     model = origin.for_mesh(model, config.init_from, mesh)
-  return _BUILDERS[name](config, own or model, mesh)
+  return _BUILDERS[name](config, model, mesh)
 
 
 def _train(
@@ -101,9 +104,7 @@ def _train(
       )
   config_check.check_length('row_length', length, model)
   num_microbatches = config.train.num_microbatches
-  config_check.check_rows(
-    'rows', rows, mesh, num_microbatches=num_microbatches
-  )
+  config_check.check_rows('rows', rows, mesh, num_microbatches=num_microbatches)
   stage = stage_lib.Stage(
     workdir=epath.Path('unused'),
     model=model,
