@@ -22,6 +22,7 @@ from configs.model import deepseek_v3_671b
 def get_config() -> ml_collections.ConfigDict:
   config = pretrain.get_config()
   config.model = deepseek_v3_671b.get_config()
+  config.model.attention_implementation = 'splash'
   config.model.moe.update(implementation='megablox', block=512)
   config.model.moe.exchange = {
     'kind': 'ragged',

@@ -38,6 +38,11 @@ _JSON = flags.DEFINE_string('json', None, 'File to write all figures to.')
 _HLO = flags.DEFINE_string('hlo', None, 'Folder to write the HLO texts to.')
 _TIMEOUT = flags.DEFINE_float('timeout', 3600, 'Seconds for a program.', 1)
 
+# What the line says that tells why a compile failed, the surest first.
+_MARKS = (
+  *('RESOURCE_EXHAUSTED', 'LLVM ERROR', 'Check failed', 'Error:'),
+  *('*** SIG', 'Fatal Python error'),
+)
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
@@ -142,12 +147,11 @@ def compile_one(job: dict[str, Any], *, timeout: float) -> dict[str, Any]:
 def _reason(stderr: str) -> str:
   """The line that says why, as far as one can tell."""
   lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-  marks = ('RESOURCE_EXHAUSTED', 'LLVM ERROR', 'Error:', 'Check failed')
-  for mark in marks:
+  for mark in _MARKS:
     for line in lines:
       if mark in line:
         return line
-  return lines[-1] if lines else 'no word'
+  return lines[-1] if lines else 'the process said nothing'
 
 
 def show(report: dict[str, Any], topology: str) -> str:

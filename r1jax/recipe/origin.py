@@ -54,13 +54,16 @@ def suited(
 ) -> model_config.ModelConfig:
   """A model that computes as suits the devices.
 
-  In bfloat16 with grouped matmuls on accelerators, on TPUs by kernels, and
-  tokens travel with twice the room that even loads need; in float32 on a CPU.
+  In bfloat16 with grouped matmuls on accelerators; on TPUs by kernels, as is
+  attention, and tokens travel with twice the room that even loads need. In
+  float32 on a CPU.
   """
   platform = mesh.devices.flat[0].platform
   if platform == 'cpu':
     return model
-  moe = model.moe
+  moe, attention = model.moe, model.attention_implementation
+  if platform == 'tpu' and getattr(model.attention, 'indexer', None) is None:
+    attention = 'splash'
   if moe is not None and platform == 'tpu':
     moe = dataclasses.replace(
       moe,
@@ -70,7 +73,13 @@ def suited(
     )
   elif moe is not None:
     moe = dataclasses.replace(moe, implementation='grouped', block=128)
-  return dataclasses.replace(model, moe=moe, dtype='bfloat16', remat=True)
+  return dataclasses.replace(
+    model,
+    moe=moe,
+    attention_implementation=attention,
+    dtype='bfloat16',
+    remat=True,
+  )
 
 
 def load_tokenizer_path(folder: str) -> str:

@@ -1,5 +1,6 @@
 """Programs that tests compile for TPUs: devices in, jax.stages.Lowered out."""
 
+import dataclasses
 import functools
 import os
 from collections.abc import Sequence
@@ -7,7 +8,6 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.sharding import (
   Mesh,
   NamedSharding,
@@ -18,10 +18,10 @@ from jax.sharding import (
 from configs import pretrain as pretrain_config
 from pallas_kernels.flash_attention import ops as flash_attention_ops
 from pallas_kernels.grouped_matmul import ops as grouped_matmul_ops
-from r1jax import config, types
+from r1jax import config
 from r1jax.parallel import mesh as mesh_lib
 from r1jax.parallel import sharding
-from r1jax.recipe import origin, pretrain, stage
+from r1jax.recipe import origin, pretrain, programs
 from r1jax.sampling import filters, generate
 
 
@@ -125,32 +125,9 @@ def splash(devices: Sequence[jax.Device]) -> jax.stages.Lowered:
 
 def tiny_train_step(devices: Sequence[jax.Device]) -> jax.stages.Lowered:
   """Pretraining the demo's model, half of the devices on each mesh axis."""
-  run = _demo_run()
-  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(data=-1, fsdp=2), devices)
-  tiny = stage.Stage(
-    workdir=epath.Path('unused'),
-    model=run.model,
-    train=run.train,
-    optim=run.optim,
-    mesh=mesh,
-    seed=0,
-    title='tiny',
-  )
-  loss_fn = pretrain.make_loss(
-    run.model, mtp_coef=run.mtp_coef, balance_coef=run.train.balance_coef
-  )
-  shape = (run.batch_size, run.row_length)
-  rows = lambda dtype: _struct(mesh, shape, dtype)
-  batch = types.Batch(
-    tokens_BT=rows(jnp.int32),
-    mask_BT=rows(jnp.float32),
-    segment_BT=rows(jnp.int32),
-    position_BT=rows(jnp.int32),
-    num_tokens=_struct(mesh, (), jnp.float32),
-    num_sequences=_struct(mesh, (), jnp.float32),
-  )
-  with jax.set_mesh(mesh):
-    return tiny.make_train_step(loss_fn).lower(tiny.abstract_state(), batch)
+  mesh = mesh_lib.MeshConfig(data=-1, fsdp=2)
+  run = dataclasses.replace(_demo_run(), mesh=mesh)
+  return programs.build('train', run, devices).trace().lower()
 
 
 def tiny_decode_step(devices: Sequence[jax.Device]) -> jax.stages.Lowered:
