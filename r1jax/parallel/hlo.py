@@ -116,12 +116,16 @@ def parse(text: str) -> Module:
     if header:
       lines = computations.setdefault(header[2], [])
       entry = header[2] if header[1] else entry
-    elif line.startswith('}'):
+    elif line == '}':
       lines = None
     elif lines is not None:
       found = _parse_instruction(line)
       if found is not None:
         lines.append(found)
+      elif lines:  # What a kernel says of itself may take several lines.
+        lines[-1] = dataclasses.replace(
+          lines[-1], rest=f'{lines[-1].rest}\n{line}'
+        )
   if entry is None:
     raise ValueError('HLO text without an ENTRY computation')
   return Module(computations, entry)
@@ -231,6 +235,7 @@ def collectives(
   found = []
   counts = run_counts(module)
   for name, instructions in module.computations.items():
+    types = {i.name: i.type for i in instructions}
     for instruction in instructions:
       kind, times = instruction.kind, counts.get(name, 0)
       if kind is None or not times:
@@ -242,12 +247,17 @@ def collectives(
       # A fused scatter is written as a sum of which a part is kept.
       if kind == 'all-reduce' and 'reduce-scatter' in name:
         kind = 'reduce-scatter of a sum'
+      wire_bytes = _wire_bytes(kind, instruction, len(members))
+      if kind == 'ragged-all-to-all':
+        # One side has more room than what travels.
+        sent = sum(array_bytes(types.get(instruction.operands[0], '')))
+        wire_bytes = min(wire_bytes, sent or wire_bytes)
       found.append(
         Collective(
           kind=kind.removesuffix(' of a sum'),
           axes=_varying(groups, mesh_shape),
           members=tuple(members),
-          wire_bytes=_wire_bytes(kind, instruction, len(members)),
+          wire_bytes=wire_bytes,
           times=times,
           name=instruction.name,
           type=instruction.type,
@@ -306,8 +316,7 @@ def _wire_bytes(kind: str, instruction: Instruction, n: int) -> float:
       return (n - 1) * size
     case 'collective-permute':
       return size
-  # All-gather: the rest of the result; the exchanges keep 1 / n at home. What
-  # a ragged one has room for is taken to be sent.
+  # All-gather: the rest of the result; the exchanges keep 1 / n at home.
   return others * size
 
 

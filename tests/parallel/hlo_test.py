@@ -85,6 +85,44 @@ def test_an_asynchronous_permutation_counts_once():
   assert found.wire_bytes == 64 * 256 * 2
 
 
+def test_a_ragged_exchange_sends_no_more_than_its_smaller_side():
+  text = _lines(
+    '%rows.1 = bf16[32768,2,3584]{2,1,0:T(2,128)(2,1)} copy(%p)',
+    '%ragged_all_to_all.187 = bf16[65536,2,3584]{2,1,0:T(2,128)(2,1)} '
+    'ragged-all-to-all(%rows.1, %out.1, %a, %b, %c, /*index=5*/%d), '
+    'channel_id=1, replica_groups={{0,1},{2,3}}',
+  )
+  (found,) = _read(text)
+  assert found.kind == 'ragged-all-to-all'
+  assert found.wire_bytes == 65536 * 7168 * 2 / 2
+
+
+def test_an_instruction_of_several_lines_does_not_end_its_computation():
+  text = _lines(
+    '%splash.1 = f32[8]{0} custom-call(%p), custom_call_target="tpu_custom", '
+    'frontend_attributes={kernel_metadata={',
+    '}}, metadata={op_name="jit(f)/pallas_call"}',
+    '%all-reduce.1 = f32[8]{0} all-reduce(%p), replica_groups={{0,1},{2,3}}',
+  ).replace('  }}', '}}')
+  (found,) = _read(text)
+  assert found.wire_bytes == 2 * 32 / 2
+
+
+def test_a_scatter_fused_as_a_sum_sends_half_of_it():
+  text = _lines(
+    '%input.10 = f32[7168,1536]{1,0:T(8,128)} parameter(0)',
+    '%all-reduce.132 = f32[7168,1536]{1,0:T(8,128)} all-reduce(%input.10), '
+    'channel_id=137, replica_groups={{0,2},{1,3}}, to_apply=%add',
+    header='%all-reduce-scatter.clone.1',
+  ) + _lines(
+    '%fusion.1231 = f32[3584,1536]{1,0:T(8,128)} fusion(%p), kind=kCustom, '
+    'calls=%all-reduce-scatter.clone.1'
+  )
+  (found,) = _read(text)
+  assert (found.kind, found.axes) == ('reduce-scatter', ('data',))
+  assert found.wire_bytes == 7168 * 1536 * 4 / 2
+
+
 def test_devices_that_keep_to_themselves_send_nothing():
   text = _lines(
     '%all-reduce.1 = f32[8]{0} all-reduce(%p), replica_groups={{0},{1},{2},'
