@@ -250,8 +250,9 @@ def collectives(
       wire_bytes = _wire_bytes(kind, instruction, len(members))
       if kind == 'ragged-all-to-all':
         # One side has more room than what travels.
-        sent = sum(array_bytes(types.get(instruction.operands[0], '')))
-        wire_bytes = min(wire_bytes, sent or wire_bytes)
+        rows = sum(array_bytes(types.get(instruction.operands[0], '')))
+        most = rows * (len(members) - 1) / len(members)
+        wire_bytes = min(wire_bytes, most or wire_bytes)
       found.append(
         Collective(
           kind=kind.removesuffix(' of a sum'),

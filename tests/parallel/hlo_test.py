@@ -94,7 +94,7 @@ def test_a_ragged_exchange_sends_no_more_than_its_smaller_side():
   )
   (found,) = _read(text)
   assert found.kind == 'ragged-all-to-all'
-  assert found.wire_bytes == 65536 * 7168 * 2 / 2
+  assert found.wire_bytes == 32768 * 7168 * 2 / 2
 
 
 def test_an_instruction_of_several_lines_does_not_end_its_computation():
