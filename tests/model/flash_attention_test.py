@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from pallas_kernels.flash_attention import ops
 from r1jax.model import config as model_config
 from r1jax.model import transformer
 from r1jax.parallel import mesh as mesh_lib
@@ -47,6 +48,25 @@ def test_chunked_is_naive_with_its_gradients(kind):
   rows = _rows()
   hidden_BTD, grads = tiny.pull(chunked, tiny.variables(c), *rows)
   expected_BTD, expected = tiny.pull(c, tiny.variables(c), *rows)
+  keep_BT = rows[1] > 0
+  np.testing.assert_allclose(
+    hidden_BTD[keep_BT], expected_BTD[keep_BT], atol=_ATOL
+  )
+  tiny.assert_trees_close(grads, expected, atol=_ATOL)
+
+
+def test_splash_is_naive_with_its_gradients(monkeypatch):
+  c = _config('mla')
+  splash = dataclasses.replace(c, attention_implementation='splash')
+  # The same documents in rows of 128 tokens.
+  tokens_BT, segment_BT, position_BT, target_BTD = _rows()
+  wide = lambda x: np.pad(x, [(0, 0), (0, 128 - _T)] + [(0, 0)] * (x.ndim - 2))
+  rows = tuple(map(wide, (tokens_BT, segment_BT, position_BT, target_BTD)))
+  variables = tiny.variables(c)
+  interpreted = functools.partial(ops.flash_attention, interpret=True)
+  monkeypatch.setattr(ops, 'flash_attention', interpreted)
+  hidden_BTD, grads = tiny.pull(splash, variables, *rows)
+  expected_BTD, expected = tiny.pull(c, variables, *rows)
   keep_BT = rows[1] > 0
   np.testing.assert_allclose(
     hidden_BTD[keep_BT], expected_BTD[keep_BT], atol=_ATOL
