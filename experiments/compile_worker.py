@@ -125,7 +125,9 @@ def describe(
     roofline.Place(getattr(d, 'slice_index', 0), tuple(d.coords))
     for d in mesh.devices.flat
   ]
-  count = flops.per_device(traced.jaxpr, mesh.size)
+  count = flops.per_device(
+    traced.jaxpr, mesh.size, num_rows=program.num_choices
+  )
   chip = chips.find(topology)[0].per_device()
   return {
     'hbm_bytes': {**hbm, 'total': sum(hbm.values())},

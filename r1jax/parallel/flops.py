@@ -13,7 +13,9 @@ from jax.extend import core
 _SUBSIDIARY = ('jvp_jaxpr_fun', 'fwd_jaxpr_thunk', 'bwd')
 
 
-def per_device(program: core.ClosedJaxpr, num_devices: int) -> float:
+def per_device(
+  program: core.ClosedJaxpr, num_devices: int, *, num_rows: int | None = None
+) -> float:
   """Multiplications and additions of matrix products, on one device.
 
   What is written for one device (`shard_map`) counts as it is; the rest, such
@@ -24,16 +26,21 @@ def per_device(program: core.ClosedJaxpr, num_devices: int) -> float:
   Args:
     program: The jaxpr of the whole.
     num_devices: How many run it.
+    num_rows: Rows that kernels find whose grid ends where the rows do, as
+      grouped matmuls have it; None for all that there is room for.
   """
-  return _count(program.jaxpr, 1 / num_devices)
+  return _count(program.jaxpr, 1 / num_devices, num_rows)
 
 
-def _count(jaxpr: core.Jaxpr, share: float) -> float:
-  return sum(_of_equation(eqn, share) for eqn in jaxpr.eqns)
+def _count(jaxpr: core.Jaxpr, share: float, num_rows: int | None) -> float:
+  return sum(_of_equation(eqn, share, num_rows) for eqn in jaxpr.eqns)
 
 
-def _of_equation(eqn: core.JaxprEqn, share: float) -> float:
+def _of_equation(
+  eqn: core.JaxprEqn, share: float, num_rows: int | None
+) -> float:
   params = eqn.params
+  count = lambda jaxpr: _count(jaxpr, share, num_rows)
   match eqn.primitive.name:
     case 'dot_general':
       (contracted, _), _ = params['dimension_numbers']
@@ -45,25 +52,29 @@ def _of_equation(eqn: core.JaxprEqn, share: float) -> float:
       lhs, rhs = (x.aval.shape for x in eqn.invars[:2])
       return 2 * share * math.prod(lhs) * rhs[-1]
     case 'scan':
-      return params['length'] * _count(params['jaxpr'].jaxpr, share)
+      return params['length'] * count(params['jaxpr'].jaxpr)
     case 'while':
-      return _count(params['body_jaxpr'].jaxpr, share)
+      return count(params['body_jaxpr'].jaxpr)
     case 'cond':
-      return max(_count(b.jaxpr, share) for b in params['branches'])
+      return max(count(branch.jaxpr) for branch in params['branches'])
     case 'shard_map':
-      return _count(params['jaxpr'], 1.0)
+      return _count(params['jaxpr'], 1.0, num_rows)
     case 'pallas_call':
-      return share * _of_kernel(params)
-  return sum(_count(j, share) for j in _inner(params))
+      return share * _of_kernel(eqn, num_rows)
+  return sum(count(jaxpr) for jaxpr in _inner(params))
 
 
-def _of_kernel(params: dict[str, Any]) -> float:
-  estimate = params.get('cost_estimate')
-  if estimate is not None and estimate.flops:
-    return estimate.flops
+def _of_kernel(eqn: core.JaxprEqn, num_rows: int | None) -> float:
+  params = eqn.params
   grid = params['grid_mapping'].grid
-  turns = math.prod(n for n in grid if isinstance(n, int))
-  return turns * _count(params['jaxpr'], 1.0)
+  known = [n for n in grid if isinstance(n, int)]
+  estimate = params.get('cost_estimate')
+  if estimate is None or not estimate.flops:
+    return math.prod(known) * _count(params['jaxpr'], 1.0, None)
+  if num_rows is None or len(known) == len(grid):
+    return estimate.flops
+  room = next(x.aval.shape[0] for x in eqn.invars if x.aval.ndim == 2)
+  return estimate.flops * min(num_rows / room, 1.0)
 
 
 def _inner(params: dict[str, Any]) -> list[core.Jaxpr]:

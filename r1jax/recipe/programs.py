@@ -32,12 +32,15 @@ class Program:
     args: Shapes with their shardings.
     mesh: Where it runs.
     shapes: What was assumed, for people.
+    num_choices: Pairs of token and expert of a device in one pass, if it gets
+      as many as the others; None without experts.
   """
 
   function: Any
   args: tuple[Any, ...]
   mesh: jax.sharding.Mesh
   shapes: dict[str, str]
+  num_choices: int | None = None
 
   def trace(self) -> jax.stages.Traced:
     with jax.set_mesh(self.mesh):
@@ -120,6 +123,7 @@ def _train(
     (stage.abstract_state(), _batch(batch_class, mesh, rows, length)),
     mesh,
     _assumed(model, mesh, rows, length, num_microbatches=num_microbatches),
+    _num_choices(model, mesh, rows // num_microbatches, length),
   )
 
 
@@ -138,6 +142,7 @@ def _logp(config, model, mesh):
     ),
     mesh,
     _assumed(model, mesh, rows, length),
+    _num_choices(model, mesh, rows, length),
   )
 
 
@@ -155,7 +160,11 @@ def _prefill(config, model, mesh):
     _key(mesh),
   )
   return Program(
-    function, args, mesh, _assumed(model, mesh, rows, prompt, slots=slots)
+    function,
+    args,
+    mesh,
+    _assumed(model, mesh, rows, prompt, slots=slots),
+    _num_choices(model, mesh, rows, prompt, split=False),
   )
 
 
@@ -177,7 +186,11 @@ def _decode(config, model, mesh):
     _key(mesh),
   )
   return Program(
-    function, args, mesh, _assumed(model, mesh, rows, 1, slots=slots)
+    function,
+    args,
+    mesh,
+    _assumed(model, mesh, rows, 1, slots=slots),
+    _num_choices(model, mesh, rows, 1, split=False),
   )
 
 
@@ -251,6 +264,14 @@ def _key(mesh):
   return jax.ShapeDtypeStruct(
     key.shape, key.dtype, sharding=sharding.replicated(mesh)
   )
+
+
+def _num_choices(model, mesh, rows, length, *, split=True):
+  if model.moe is None:
+    return None
+  parts = mesh.shape['context'] if split else 1
+  own_rows = rows // sharding.num_batch_shards(mesh)
+  return own_rows * length // parts * model.moe.top_k
 
 
 def _assumed(model, mesh, rows, length, **more):

@@ -8,6 +8,7 @@ from jax.experimental import pallas as pl
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels.grouped_matmul import ops
 from r1jax import types
 from r1jax.model import config as model_config
 from r1jax.model import transformer
@@ -78,6 +79,28 @@ def test_a_kernel_counts_what_it_says_or_its_grid(estimate):
     )(x_mk)
 
   assert _count(run, (24, 8)) == (estimate or 3 * 2 * 8**3)
+
+
+def test_a_grouped_product_counts_the_rows_it_finds():
+  def run(x_mk, w_gkn):
+    return ops.grouped_matmul(
+      x_mk,
+      w_gkn,
+      size_g=jnp.array([128, 0]),
+      block=128,
+      implementation='megablox',
+      interpret=False,
+    )
+
+  shapes = [
+    jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    for shape in ((512, 256), (2, 256, 384))
+  ]
+  jaxpr = jax.jit(run).trace(*shapes).jaxpr
+  once = 2 * 256 * 384
+  assert flops.per_device(jaxpr, 1) == 512 * once
+  assert flops.per_device(jaxpr, 1, num_rows=96) == pytest.approx(96 * once)
+  assert flops.per_device(jaxpr, 1, num_rows=1000) == 512 * once
 
 
 def test_rows_of_a_ragged_product_meet_one_matrix_each():
