@@ -65,7 +65,7 @@ class Mla(nn.Module):
     if c.q_lora_rank is not None:
       q_down_DA = param('q_down', (D, c.q_lora_rank), ('embed', 'latent'))
       q_BTA = norm(name='q_norm')(jnp.einsum('BTD,DA->BTA', x_BTD, q_down_DA))
-      q_in = 'latent'
+      q_in = 'rank'
     q_up_AHQ = param(
       'q_up',
       (q_BTA.shape[-1], H, N + c.rope_head_dim),
@@ -81,8 +81,8 @@ class Mla(nn.Module):
     )
     latent_BTC = norm(name='kv_norm')(latent_BTC)
     k_rope_BTR = rotate(k_rope_BTR, cos_BTR, sin_BTR)
-    k_up_CHN = param('k_up', (C, H, N), ('latent', 'heads', None))
-    v_up_CHU = param('v_up', (C, H, c.v_head_dim), ('latent', 'heads', None))
+    k_up_CHN = param('k_up', (C, H, N), ('rank', 'heads', None))
+    v_up_CHU = param('v_up', (C, H, c.v_head_dim), ('rank', 'heads', None))
     out_HUD = param('out', (H, c.v_head_dim, D), ('heads', None, 'embed'))
 
     latent_BTC, k_rope_BTR = sharding.fan_out((latent_BTC, k_rope_BTR))

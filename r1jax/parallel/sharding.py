@@ -39,6 +39,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   'head_vocab': ('fsdp', 'tensor'),
   'experts': 'expert',
   'latent': None,
+  'rank': 'fsdp',  # A latent that a matrix is applied to.
   'layers': None,
   # Rows of a batch.
   'batch': BATCH_AXES,
@@ -285,6 +286,7 @@ def share_columns(w_DV: jax.Array, num_columns: int) -> token.Head:
     w_DV,
     first=index * w_DV.shape[1],
     spread=spread,
+    num_spread=over_fsdp,
     total=total,
     largest=lambda x: jax.lax.pmax(x, axes),
     join=join,
