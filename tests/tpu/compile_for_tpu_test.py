@@ -92,6 +92,6 @@ def test_all_programs_of_grpo(tmp_path):
   assert list(reports) == ['train', 'logprob', 'prefill', 'decode', 'reshard']
   for name in ('train', 'logprob', 'prefill', 'decode'):
     _check(reports[name])
-  assert set(reports['reshard']['collectives']) == {'fsdp'}
+  assert all('fsdp' in axes for axes in reports['reshard']['collectives'])
   # A step of decoding does the work of one token of 384.
   assert reports['decode']['flops'] < reports['prefill']['flops'] / 50
