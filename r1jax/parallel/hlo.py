@@ -34,6 +34,10 @@ _GROUPS = re.compile(r'replica_groups=\{(\{[\d,{}]*\})\}')
 _IOTA = re.compile(
   r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?'
 )
+_NAMED = re.compile(
+  r'replica_groups=mesh\[([^\]]*)\]'
+  r'(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}'
+)
 _PAIRS = re.compile(r'source_target_pairs=\{(\{[\d,{}]*\})\}')
 _SPACE = re.compile(r'S\((\d+)\)')
 # What moves no data of its own.
@@ -279,6 +283,9 @@ def _groups(instruction: Instruction, num_devices: int) -> list[list[int]]:
     ids = np.arange(math.prod(source)).reshape(source)
     ids = ids.transpose(order) if order else ids
     return ids.reshape(shape).tolist()
+  named = _NAMED.search(rest)
+  if named:
+    return _named_groups(*named.groups())
   written = _GROUPS.search(rest) or _PAIRS.search(rest)
   if written is None:
     return [list(range(num_devices))]
@@ -289,6 +296,23 @@ def _groups(instruction: Instruction, num_devices: int) -> list[list[int]]:
   if instruction.kind == 'collective-permute':
     groups = [g for g in groups if g[0] != g[1]]
   return groups
+
+
+def _named_groups(
+  axes: str, source: str | None, order: str | None, along: str
+) -> list[list[int]]:
+  """Groups along some axes of a mesh that the compiler has named."""
+  sizes = {n: int(s) for n, s in re.findall(r"'([^']+)'=(\d+)", axes)}
+  ids = np.arange(math.prod(sizes.values()))
+  if source:
+    ids = ids.reshape([int(n) for n in source.split(',')])
+  if order:
+    ids = ids.transpose([int(n) for n in order.split(',')])
+  ids = ids.reshape(tuple(sizes.values()))
+  last = [list(sizes).index(n) for n in re.findall(r"'([^']+)'", along)]
+  first = [i for i in range(len(sizes)) if i not in last]
+  size = math.prod(ids.shape[i] for i in last)
+  return ids.transpose(first + last).reshape(-1, size).tolist()
 
 
 def _varying(

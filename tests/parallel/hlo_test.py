@@ -58,6 +58,12 @@ def test_a_tuple_with_index_comments_is_summed_over_both_axes():
     ('[2,4]<=[4,2]T(1,0)', ('x', 'y'), (0, 2, 4, 6)),
     ('[4,2]<=[2,2,2]T(0,2,1)', ('y',), (0, 2)),
     ('{{0,2},{1,3},{4,6},{5,7}}', ('y',), (0, 2)),
+    ("mesh['a'=4,'b'=1,'c'=2] {'c'}", ('z',), (0, 1)),
+    (
+      "mesh['a'=1,'b'=2,'c'=4], device_ids=([4,2]T(1,0)) {'c'}",
+      ('x', 'y'),
+      (0, 2, 4, 6),
+    ),
   ],
 )
 def test_groups_of_both_forms_are_mapped_to_mesh_axes(groups, axes, first):
