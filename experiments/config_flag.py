@@ -105,7 +105,7 @@ def check(argv: list[str]) -> None:
   spec = _file_of(argv)
   if not spec:
     raise config.UserError('--config=FILE.py is required')
-  values = _load(spec)
+  values = load(spec)
   if not isinstance(values, ml_collections.ConfigDict):
     raise config.UserError(
       f'{spec}: get_config() returned a {type(values).__name__}, it must be '
@@ -131,7 +131,7 @@ def _file_of(argv: list[str]) -> str | None:
   return found
 
 
-def _load(spec: str) -> Any:
+def load(spec: str) -> Any:
   """Runs the file's get_config(), with its errors in one line."""
   path, *argument = spec.split(':', 1)
   if not pathlib.Path(path).is_file():

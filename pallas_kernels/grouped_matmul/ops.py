@@ -6,52 +6,58 @@ whole blocks, so that one block has one group.
 
 import jax
 
-from pallas_kernels.grouped_matmul import reference, xla
+from pallas_kernels.grouped_matmul import megablox, reference, xla
 
-_IMPLEMENTATIONS = {
-  'reference': reference.grouped_matmul,
-  'xla': xla.grouped_matmul,
-}
+IMPLEMENTATIONS = ('xla', 'megablox', 'reference')
 
 
 def grouped_matmul(
   x_mk: jax.Array,
   w_gkn: jax.Array,
-  group_of_block: jax.Array,
+  size_g: jax.Array,
   *,
-  implementation: str = 'xla',
+  block: int,
+  implementation: str,
+  interpret: bool = False,
 ) -> jax.Array:
-  """Multiplies each block of rows by its group's matrix.
+  """Multiplies the rows of each group by its matrix.
 
-  out[i] = x[i] · w[group_of_block[i // block]]
-
-  with block = m / len(group_of_block).
+  out[i] = x[i] · w[g] for the rows i of group g, which begin where those of
+  group g - 1 end.
 
   Args:
-    x_mk: [m, k] rows in contiguous layout; padding rows may hold anything
-      finite.
+    x_mk: [m, k] rows in contiguous layout; padding rows inside of a group may
+      hold anything finite, those past the last group anything.
     w_gkn: [g, k, n] one matrix per group.
-    group_of_block: int32 [m / block], values in [0, g).
-    implementation: 'xla' or 'reference'.
+    size_g: int32 [g] rows of each group, whole blocks, at most m together.
+    block: Rows a block.
+    implementation: 'xla' (gathers a matrix for each block: small models),
+      'megablox' (JAX's kernel for TPUs) or 'reference'.
+    interpret: Run the kernel on a CPU.
 
   Returns:
-    [m, n] in the dtype of x, accumulated in float32.
+    [m, n] in the dtype of x, accumulated in float32. Rows past the last group
+    are undefined, but for the last row of all, which is finite.
 
   Raises:
     ValueError: Shapes that do not fit, or an unknown implementation.
   """
-  if implementation not in _IMPLEMENTATIONS:
+  if x_mk.shape[0] % block:
     raise ValueError(
-      f'implementation={implementation!r}, it must be one of '
-      f'{", ".join(_IMPLEMENTATIONS)}'
-    )
-  if x_mk.shape[0] % group_of_block.shape[0]:
-    raise ValueError(
-      f'{x_mk.shape[0]} rows are no whole number of rows for '
-      f'{group_of_block.shape[0]} blocks'
+      f'{x_mk.shape[0]} rows are no whole number of blocks of {block}'
     )
   if x_mk.shape[1] != w_gkn.shape[1]:
     raise ValueError(
       f'k={x_mk.shape[1]} of the rows is not k={w_gkn.shape[1]} of the weights'
     )
-  return _IMPLEMENTATIONS[implementation](x_mk, w_gkn, group_of_block)
+  match implementation:
+    case 'xla':
+      return xla.grouped_matmul(x_mk, w_gkn, size_g, block)
+    case 'megablox':
+      return megablox.grouped_matmul(x_mk, w_gkn, size_g, block, interpret)
+    case 'reference':
+      return reference.grouped_matmul(x_mk, w_gkn, size_g)
+  raise ValueError(
+    f'implementation={implementation!r}, it must be one of '
+    f'{", ".join(IMPLEMENTATIONS)}'
+  )

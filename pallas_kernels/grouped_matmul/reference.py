@@ -5,13 +5,14 @@ import jax.numpy as jnp
 
 
 def grouped_matmul(
-  x_mk: jax.Array, w_gkn: jax.Array, group_of_block: jax.Array
+  x_mk: jax.Array, w_gkn: jax.Array, size_g: jax.Array
 ) -> jax.Array:
   """See ops.grouped_matmul; costs g times the needed work."""
-  m = x_mk.shape[0]
-  block = m // group_of_block.shape[0]
-  group_m = jnp.repeat(group_of_block, block)
+  row_m = jnp.arange(x_mk.shape[0])
+  passed_mg = row_m[:, None] >= jnp.cumsum(size_g)
   all_gmn = jnp.einsum(
     'mk,gkn->gmn', x_mk, w_gkn, preferred_element_type=jnp.float32
   )
-  return all_gmn[group_m, jnp.arange(m)].astype(x_mk.dtype)
+  # Past the last group there is no group, a row of zeros.
+  out_mn = all_gmn.at[passed_mg.sum(1), row_m].get(mode='fill', fill_value=0)
+  return out_mn.astype(x_mk.dtype)

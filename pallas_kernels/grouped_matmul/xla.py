@@ -8,11 +8,18 @@ import jax
 import jax.numpy as jnp
 
 
-@jax.custom_vjp
 def grouped_matmul(
-  x_mk: jax.Array, w_gkn: jax.Array, group_of_block: jax.Array
+  x_mk: jax.Array, w_gkn: jax.Array, size_g: jax.Array, block: int
 ) -> jax.Array:
   """See ops.grouped_matmul; static shapes, exactly m rows of work."""
+  first_b = jnp.arange(0, x_mk.shape[0], block)
+  # Blocks past the last group's hold padding only; any group will do.
+  passed_bg = first_b[:, None] >= jnp.cumsum(size_g)[:-1]
+  return _multiply(x_mk, w_gkn, jnp.sum(passed_bg, axis=1, dtype=jnp.int32))
+
+
+@jax.custom_vjp
+def _multiply(x_mk, w_gkn, group_of_block):
   out_bin = jnp.einsum(
     'bik,bkn->bin',
     _blocks(x_mk, group_of_block),
@@ -23,7 +30,7 @@ def grouped_matmul(
 
 
 def _forward(x_mk, w_gkn, group_of_block):
-  out_mn = grouped_matmul(x_mk, w_gkn, group_of_block)
+  out_mn = _multiply(x_mk, w_gkn, group_of_block)
   return out_mn, (x_mk, w_gkn, group_of_block)
 
 
@@ -52,7 +59,7 @@ def _backward(saved, grad_mn):
   )
 
 
-grouped_matmul.defvjp(_forward, _backward)
+_multiply.defvjp(_forward, _backward)
 
 
 def _blocks(x_mk: jax.Array, group_of_block: jax.Array) -> jax.Array:

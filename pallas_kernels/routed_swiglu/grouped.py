@@ -1,9 +1,8 @@
-"""Routed experts as two grouped matmuls: the form that kernels speed up."""
+"""Routed experts as three grouped matmuls: the form that kernels speed up."""
 
 import functools
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels.grouped_matmul import ops as grouped_matmul_ops
 from pallas_kernels.routed_swiglu import layout as layout_lib
@@ -18,20 +17,23 @@ def routed_swiglu(
   down_EFD: jax.Array,
   *,
   block: int,
-  mean_choices: int,
   max_choices: int,
+  matmul: str,
+  interpret: bool,
 ) -> jax.Array:
   """See ops.routed_swiglu; each expert has whole blocks of rows."""
-  E = gate_EDF.shape[0]
-  layout, expert_of_block = layout_lib.contiguous(
-    expert_TK, E, min(block, max(mean_choices // E, 1)), max_choices
+  layout, size_E = layout_lib.contiguous(
+    expert_TK, len(gate_EDF), block, max_choices
   )
-  matmul = functools.partial(
-    grouped_matmul_ops.grouped_matmul, group_of_block=expert_of_block
+  multiply = functools.partial(
+    grouped_matmul_ops.grouped_matmul,
+    size_g=size_E,
+    block=block,
+    implementation=matmul,
+    interpret=interpret,
   )
-  # One product for gate and up: fewer and larger operations.
-  gate_up_EDF = jnp.concatenate([gate_EDF, up_EDF], axis=-1)
   x_mD = layout_lib.dispatch(x_TD, layout)
-  gate_mF, up_mF = jnp.split(matmul(x_mD, gate_up_EDF), 2, axis=-1)
-  y_mD = matmul(jax.nn.silu(gate_mF) * up_mF, down_EFD)
+  # Two products: one would need a copy of both weights side by side.
+  hidden_mF = jax.nn.silu(multiply(x_mD, gate_EDF)) * multiply(x_mD, up_EDF)
+  y_mD = multiply(hidden_mF, down_EFD)
   return layout_lib.combine(y_mD, weight_TK, layout)

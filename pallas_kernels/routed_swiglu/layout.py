@@ -64,7 +64,7 @@ def contiguous(
     max_choices: Choices there may be; T · K if None.
 
   Returns:
-    The layout, and int32 [m / block] the expert of each block.
+    The layout, and int32 [E] the rows of each expert, whole blocks.
   """
   T, K = expert_TK.shape
   num_blocks = ((max_choices or T * K) + num_experts * (block - 1)) // block
@@ -78,7 +78,7 @@ def contiguous(
   )
   return (
     _layout(slot_r.reshape(T, K), num_blocks * block),
-    _expert_of_block(end_E, num_blocks),
+    block * jnp.diff(jnp.minimum(end_E, num_blocks), prepend=0),
   )
 
 

@@ -4,7 +4,7 @@ import jax
 
 from pallas_kernels.routed_swiglu import grouped, reference, xla
 
-IMPLEMENTATIONS = ('xla', 'grouped', 'reference')
+IMPLEMENTATIONS = ('xla', 'grouped', 'megablox', 'reference')
 
 
 def routed_swiglu(
@@ -19,6 +19,7 @@ def routed_swiglu(
   implementation: str,
   mean_choices: int | None = None,
   max_choices: int | None = None,
+  interpret: bool = False,
 ) -> jax.Array:
   """Sends each token through its experts: dropless, exact at any skew.
 
@@ -35,10 +36,13 @@ def routed_swiglu(
     down_EFD: [E, F, D].
     block: Rows that are worked off together; cost only.
     implementation: 'xla' (for a CPU), 'grouped' (contiguous layout through
-      grouped_matmul, for accelerators) or 'reference'.
+      grouped_matmul in XLA, for small models on accelerators), 'megablox'
+      (the same through its kernel for TPUs; 512 rows a block to be bound by
+      arithmetic) or 'reference'.
     mean_choices: How many choices below E to expect; cost only. T · K if None.
     max_choices: How many there may be; T · K if None. Those beyond may be left
       out, the busiest experts' last ones.
+    interpret: Run kernels on a CPU.
 
   Returns:
     [T, D] in the dtype of x.
@@ -60,11 +64,22 @@ def routed_swiglu(
         max_choices=max_choices,
       )
     case 'grouped':
+      # Few rows of an expert do not fill a large block.
+      mean_rows = max(mean_choices // len(gate_EDF), 1)
+      return grouped.routed_swiglu(
+        *args,
+        block=min(block, mean_rows),
+        max_choices=max_choices,
+        matmul='xla',
+        interpret=False,
+      )
+    case 'megablox':
       return grouped.routed_swiglu(
         *args,
         block=block,
-        mean_choices=mean_choices,
         max_choices=max_choices,
+        matmul='megablox',
+        interpret=interpret,
       )
     case 'reference':
       return reference.routed_swiglu(*args).astype(x_TD.dtype)

@@ -23,6 +23,7 @@ class Head:
     first: Number of the first of them.
     spread: What each device scores with its columns: [X, …] of its own tokens
       to those of all devices that share the head, [n X, …].
+    num_spread: n.
     total: Sums over all columns, [n X] -> [X].
     largest: The largest over all columns, of constants, [n X] -> [n X].
     join: What was scored of own tokens, [n X, V here] -> [X, V]; a constant.
@@ -33,6 +34,7 @@ class Head:
   w_DV: jax.Array
   first: int | jax.Array = 0
   spread: Callable[[jax.Array], jax.Array] = _same
+  num_spread: int = 1
   total: Callable[[jax.Array], jax.Array] = _same
   largest: Callable[[jax.Array], jax.Array] = _same
   join: Callable[[jax.Array], jax.Array] = _same
@@ -74,7 +76,7 @@ def token_logp(
     head: Output projection.
     targets_BT: int32, the token to score at each position of whole rows.
     temperature: τ > 0.
-    chunk: Tokens whose logits exist at once; by default what 512 MiB hold.
+    chunk: Own tokens whose logits exist at once; by default what 512 MiB hold.
 
   Returns:
     logp_BT (nats, float32) and entropy_BT (nats, no gradient).
@@ -99,7 +101,8 @@ def token_logp(
   num_tokens = B * T
   hidden_XD = hidden_BTD.reshape(num_tokens, D)
   target_X = targets_BT.reshape(num_tokens)
-  chunk = chunk or max(_CHUNK_LOGITS // head.w_DV.shape[1], 1)
+  columns = head.w_DV.shape[1] * head.num_spread
+  chunk = chunk or max(_CHUNK_LOGITS // columns, 1)
   if num_tokens <= chunk:
     logp, entropy = score(hidden_XD, target_X)
   else:

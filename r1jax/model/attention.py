@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.flash_attention import ops as flash_attention_ops
 from r1jax.parallel import sharding
 
 
@@ -15,13 +16,21 @@ class Context:
 
   Attributes:
     cos_sin: Rotation of the query positions, [B, T, R / 2] each.
-    mask_BTS: Which keys each query may see.
-    keep_BT: True on real tokens.
+    segment_BT: int32 document of each query, 0 is padding.
+    segment_BS: int32 document of each key.
+    mask_BTS: Which keys each query may see; None where attention holds only
+      some scores at a time, and no mask.
   """
 
   cos_sin: tuple[jax.Array, jax.Array]
-  mask_BTS: jax.Array
-  keep_BT: jax.Array
+  segment_BT: jax.Array
+  segment_BS: jax.Array
+  mask_BTS: jax.Array | None
+
+  @property
+  def keep_BT(self) -> jax.Array:
+    """True on real tokens."""
+    return self.segment_BT > 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +41,19 @@ class Mode:
     decode: Attend to everything in the cache, else to this call's tokens.
     indexer_loss: Return what sparse attention's indexers have to learn.
     split_length: Each device of `context` has a part of every row.
+    implementation: Of attention to this call's tokens, as the model's config
+      has it.
   """
 
   decode: bool = False
   indexer_loss: bool = False
   split_length: bool = False
+  implementation: str = 'naive'
+
+  @property
+  def needs_mask(self) -> bool:
+    """Whether attention holds all scores."""
+    return self.decode or self.implementation == 'naive'
 
   def all_keys(self, x_BT: jax.Array) -> jax.Array:
     """What queries attend to, [B, S, …], of this device's tokens."""
@@ -53,6 +70,34 @@ def attention_mask(
   same_BTS = segment_BT[:, :, None] == segment_BS[:, None, :]
   same_BTS &= segment_BS[:, None, :] > 0
   return same_BTS & (position_BS[:, None, :] <= position_BT[:, :, None])
+
+
+def flash(
+  q_BTHQ: jax.Array,
+  k_BSGQ: jax.Array,
+  v_BSGU: jax.Array,
+  context: Context,
+  mode: Mode,
+  *,
+  scale: float,
+) -> jax.Array:
+  """Attention that holds only some scores at a time, [B, T, H, U].
+
+  It is causal by slot: each row's documents stand in one piece and in order.
+  """
+  first = 0
+  if mode.split_length:
+    first = sharding.first_of_length(q_BTHQ.shape[1])
+  return flash_attention_ops.flash_attention(
+    q_BTHQ,
+    k_BSGQ,
+    v_BSGU,
+    context.segment_BT,
+    context.segment_BS,
+    first,
+    scale=scale,
+    implementation=mode.implementation,
+  )
 
 
 def attend(

@@ -283,7 +283,7 @@ class MoeConfig:
     has_bias: The choice has a bias that evens out the load (V3).
     block: Rows of one expert that are worked off together.
     implementation: Of pallas_kernels.routed_swiglu: 'xla' on a CPU, 'grouped'
-      on an accelerator.
+      on an accelerator, 'megablox' for large models on TPUs.
     exchange: With experts on several devices.
   """
 
@@ -356,6 +356,9 @@ class ModelConfig:
     num_dense_layers: How many of them have a dense SwiGLU.
     dense_dim: Width of that SwiGLU; anything where there is none.
     attention: Attention of every block.
+    attention_implementation: In training and prefill: 'naive' holds all scores,
+      'chunked' some at a time, for any device, and 'splash' is a kernel for
+      TPUs, for rows of whole 128 tokens.
     moe: Feed-forward of the other blocks; None only if all are dense.
     mtp_depth: M, multi-token-prediction modules.
     mtp_after_norm: Feed them the hidden state after the final norm.
@@ -384,6 +387,7 @@ class ModelConfig:
   dtype: str = 'float32'
   remat: bool = False
   scan_layers: bool = True
+  attention_implementation: Literal['naive', 'chunked', 'splash'] = 'naive'
 
   def __post_init__(self):
     check = functools.partial(config_lib.check_at_least, self)
@@ -404,4 +408,18 @@ class ModelConfig:
     if self.dtype not in ('float32', 'bfloat16'):
       raise ValueError(
         f"dtype={self.dtype!r}, it must be 'float32' or 'bfloat16'"
+      )
+    implementation = self.attention_implementation
+    if implementation not in ('naive', 'chunked', 'splash'):
+      raise ValueError(
+        f'attention_implementation={implementation!r}, it must be one of '
+        "('naive', 'chunked', 'splash')"
+      )
+    has_indexer = (
+      isinstance(self.attention, MlaConfig) and self.attention.indexer
+    )
+    if has_indexer and implementation != 'naive':
+      raise ValueError(
+        f'attention_implementation={implementation!r}: with an indexer it '
+        "must be 'naive'"
       )

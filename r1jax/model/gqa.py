@@ -63,9 +63,14 @@ class Gqa(nn.Module):
       k_BSGQ, v_BSGQ = past['key'], past['value']
     else:
       k_BSGQ, v_BSGQ = mode.all_keys(k_BTGQ), mode.all_keys(v_BTGQ)
-    o_BTHQ = grouped(
-      q_BTHQ, k_BSGQ, v_BSGQ, context.mask_BTS, scale=c.softmax_scale
-    )
+    if mode.needs_mask:
+      o_BTHQ = grouped(
+        q_BTHQ, k_BSGQ, v_BSGQ, context.mask_BTS, scale=c.softmax_scale
+      )
+    else:
+      o_BTHQ = attention.flash(
+        q_BTHQ, k_BSGQ, v_BSGQ, context, mode, scale=c.softmax_scale
+      )
     out_HQD = sharding.param(
       self,
       'out',

@@ -65,7 +65,7 @@ class Mla(nn.Module):
     if c.q_lora_rank is not None:
       q_down_DA = param('q_down', (D, c.q_lora_rank), ('embed', 'latent'))
       q_BTA = norm(name='q_norm')(jnp.einsum('BTD,DA->BTA', x_BTD, q_down_DA))
-      q_in = 'latent'
+      q_in = 'rank'
     q_up_AHQ = param(
       'q_up',
       (q_BTA.shape[-1], H, N + c.rope_head_dim),
@@ -81,8 +81,8 @@ class Mla(nn.Module):
     )
     latent_BTC = norm(name='kv_norm')(latent_BTC)
     k_rope_BTR = rotate(k_rope_BTR, cos_BTR, sin_BTR)
-    k_up_CHN = param('k_up', (C, H, N), ('latent', 'heads', None))
-    v_up_CHU = param('v_up', (C, H, c.v_head_dim), ('latent', 'heads', None))
+    k_up_CHN = param('k_up', (C, H, N), ('rank', 'heads', None))
+    v_up_CHU = param('v_up', (C, H, c.v_head_dim), ('rank', 'heads', None))
     out_HUD = param('out', (H, c.v_head_dim, D), ('heads', None, 'embed'))
 
     latent_BTC, k_rope_BTR = sharding.fan_out((latent_BTC, k_rope_BTR))
@@ -117,36 +117,42 @@ class Mla(nn.Module):
       k_rope_BSR = mode.all_keys(k_rope_BTR)
       k_BSHN = jnp.einsum('BSC,CHN->BSHN', latent_BSC, k_up_CHN)
       v_BSHU = jnp.einsum('BSC,CHU->BSHU', latent_BSC, v_up_CHU)
-      score_BHTS = scores(
-        jnp.concatenate([q_nope_BTHN, q_rope_BTHR], axis=-1),
-        jnp.concatenate(
-          [
-            k_BSHN,
-            jnp.broadcast_to(
-              k_rope_BSR[:, :, None], (*k_BSHN.shape[:3], c.rope_head_dim)
-            ),
-          ],
-          axis=-1,
-        ),
-        scale=c.softmax_scale,
+      q_BTHQ = jnp.concatenate([q_nope_BTHN, q_rope_BTHR], axis=-1)
+      k_BSHR = jnp.broadcast_to(
+        k_rope_BSR[:, :, None], (*k_BSHN.shape[:3], c.rope_head_dim)
       )
-      mask_BTS = context.mask_BTS
+      k_BSHQ = jnp.concatenate([k_BSHN, k_BSHR], axis=-1)
       if index is not None:
         index = dataclasses.replace(index, k_BSI=mode.all_keys(index.k_BSI))
-        index_BTS = index.scores()
-        if not c.indexer.dense:
-          mask_BTS = sparse.selected(index_BTS, mask_BTS, c.indexer.top_k)
-        if mode.indexer_loss:
-          learned_BT = sparse.divergence(
-            sharding.mean_tensor(
-              attention.mean_probability(score_BHTS, mask_BTS)
-            ),
-            index_BTS,
-            mask_BTS,
-          )
-      o_BTHU = attention.attend(score_BHTS, mask_BTS, v_BSHU, 'BHTS,BSHU->BTHU')
+      if mode.needs_mask:
+        o_BTHU, learned_BT = self._attend(
+          q_BTHQ, k_BSHQ, v_BSHU, context.mask_BTS, index, mode
+        )
+      else:
+        o_BTHU = attention.flash(
+          q_BTHQ, k_BSHQ, v_BSHU, context, mode, scale=c.softmax_scale
+        )
     out_BTD = jnp.einsum('BTHU,HUD->BTD', o_BTHU, out_HUD)
     return sharding.fan_in(out_BTD), cache, learned_BT
+
+  def _attend(self, q_BTHQ, k_BSHQ, v_BSHU, mask_BTS, index, mode):
+    """Attention with all scores at once, and what the indexer has to learn."""
+    c, learned_BT = self.config, None
+    score_BHTS = scores(q_BTHQ, k_BSHQ, scale=c.softmax_scale)
+    if index is not None:
+      index_BTS = index.scores()
+      if not c.indexer.dense:
+        mask_BTS = sparse.selected(index_BTS, mask_BTS, c.indexer.top_k)
+      if mode.indexer_loss:
+        learned_BT = sparse.divergence(
+          sharding.mean_tensor(
+            attention.mean_probability(score_BHTS, mask_BTS)
+          ),
+          index_BTS,
+          mask_BTS,
+        )
+    o_BTHU = attention.attend(score_BHTS, mask_BTS, v_BSHU, 'BHTS,BSHU->BTHU')
+    return o_BTHU, learned_BT
 
 
 def scores(q_BTHQ: jax.Array, k_BSHQ: jax.Array, *, scale: float) -> jax.Array:

@@ -118,7 +118,9 @@ class Transformer(nn.Module):
     c = self.config
     # A cache holds whole rows.
     splits = cache is None and sharding.axis_size('context') > 1
-    mode = attention.Mode(decode, indexer_loss, splits)
+    mode = attention.Mode(
+      decode, indexer_loss, splits, c.attention_implementation
+    )
     own = sharding.own_length if splits else lambda x_BT: x_BT
     if decode and cache is None:
       raise ValueError('decode=True needs a cache')
@@ -138,7 +140,7 @@ class Transformer(nn.Module):
       # Slots are taken first: decode attends to its own tokens as well.
       filled = cache.advance(segment_BT, position_BT)
     context = self._context(
-      segment_BT, position_BT, filled if decode else None, own
+      segment_BT, position_BT, filled if decode else None, own, mode
     )
 
     x_BTD, cache, metrics = self._run_stacks(
@@ -181,7 +183,7 @@ class Transformer(nn.Module):
     params = self.variables['params']
     return head(params, self.config).logits(hidden_BTD)
 
-  def _context(self, segment_BT, position_BT, filled, own):
+  def _context(self, segment_BT, position_BT, filled, own, mode):
     """Rotation and mask, once for all blocks."""
     c = self.config.attention
     if filled is None:
@@ -189,10 +191,14 @@ class Transformer(nn.Module):
     else:
       keys = filled.segment_BS, filled.position_BS
     segment_BT, position_BT = own(segment_BT), own(position_BT)
+    mask_BTS = None
+    if mode.needs_mask:
+      mask_BTS = attention.attention_mask(segment_BT, position_BT, *keys)
     return attention.Context(
       cos_sin=rope.cos_sin(position_BT, c.rope, c.rotated_dim),
-      mask_BTS=attention.attention_mask(segment_BT, position_BT, *keys),
-      keep_BT=segment_BT > 0,
+      segment_BT=segment_BT,
+      segment_BS=keys[0],
+      mask_BTS=mask_BTS,
     )
 
   def _run_stacks(self, x_BTD, context, cache, mode):
@@ -299,6 +305,8 @@ def init(config: model_config.ModelConfig, key: jax.Array) -> Any:
   `sharding.unbox` strips the names, `sharding.tree_shardings` reads them.
   """
   tokens_BT = jnp.zeros((1, 2), jnp.int32)
+  # Too few of them for a kernel.
+  config = dataclasses.replace(config, attention_implementation='naive')
   variables = Transformer(config).init(key, tokens_BT, mtp=True)
   return {'router': {}, **variables}
 

@@ -39,6 +39,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   'head_vocab': ('fsdp', 'tensor'),
   'experts': 'expert',
   'latent': None,
+  'rank': 'fsdp',  # A latent that a matrix is applied to.
   'layers': None,
   # Rows of a batch.
   'batch': BATCH_AXES,
@@ -203,8 +204,16 @@ def own_length(x_BT: jax.Array) -> jax.Array:
       f'mesh axis context={parts} does not divide {x_BT.shape[1]} tokens'
     )
   length = x_BT.shape[1] // parts
-  first = jax.lax.axis_index('context') * length
-  return jax.lax.dynamic_slice_in_dim(x_BT, first, length, axis=1)
+  return jax.lax.dynamic_slice_in_dim(
+    x_BT, first_of_length(length), length, axis=1
+  )
+
+
+def first_of_length(length: int) -> int | jax.Array:
+  """Where this device's part of sequences begins, of `length` tokens each."""
+  if axis_size('context') == 1:
+    return 0
+  return jax.lax.axis_index('context') * length
 
 
 def gather_length(x_BT: jax.Array) -> jax.Array:
@@ -277,6 +286,7 @@ def share_columns(w_DV: jax.Array, num_columns: int) -> token.Head:
     w_DV,
     first=index * w_DV.shape[1],
     spread=spread,
+    num_spread=over_fsdp,
     total=total,
     largest=lambda x: jax.lax.pmax(x, axes),
     join=join,

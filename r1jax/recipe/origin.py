@@ -111,18 +111,46 @@ def for_mesh(
 ) -> model_config.ModelConfig:
   """A foreign model computes as suits the devices; ours as it was trained.
 
-  config.json says nothing of it: bfloat16 and grouped matmuls on
-  accelerators, float32 on a CPU. So with a workdir that was made of it.
+  config.json says nothing of it, see `suited`. So with a workdir that was made
+  of it.
   """
   is_foreign = huggingface.is_checkpoint(folder)
   if not is_foreign and 'from_hf' not in read_config(folder):
     return model
-  if mesh.devices.flat[0].platform == 'cpu':
+  return suited(model, mesh)
+
+
+def suited(
+  model: model_config.ModelConfig, mesh: jax.sharding.Mesh
+) -> model_config.ModelConfig:
+  """A model that computes as suits the devices.
+
+  In bfloat16 with grouped matmuls on accelerators; on TPUs by kernels, as is
+  attention, and tokens travel with twice the room that even loads need. In
+  float32 on a CPU.
+  """
+  platform = mesh.devices.flat[0].platform
+  if platform == 'cpu':
     return model
-  moe = model.moe and dataclasses.replace(
-    model.moe, implementation='grouped', block=128
+  moe, attention = model.moe, model.attention_implementation
+  if platform == 'tpu' and getattr(model.attention, 'indexer', None) is None:
+    attention = 'splash'
+  if moe is not None and platform == 'tpu':
+    moe = dataclasses.replace(
+      moe,
+      implementation='megablox',
+      block=512,
+      exchange=model_config.ExchangeConfig(kind='ragged', receive_factor=2.0),
+    )
+  elif moe is not None:
+    moe = dataclasses.replace(moe, implementation='grouped', block=128)
+  return dataclasses.replace(
+    model,
+    moe=moe,
+    attention_implementation=attention,
+    dtype='bfloat16',
+    remat=True,
   )
-  return dataclasses.replace(model, moe=moe, dtype='bfloat16', remat=True)
 
 
 def load_tokenizer_path(folder: str) -> str:

@@ -346,9 +346,11 @@ def profile_hooks(
   ]
 
 
-def make_mesh(config: mesh_lib.MeshConfig) -> jax.sharding.Mesh:
-  """The mesh of all devices; a wrong size is the user's mistake."""
+def make_mesh(
+  config: mesh_lib.MeshConfig, devices: Sequence[jax.Device] | None = None
+) -> jax.sharding.Mesh:
+  """The mesh of (all) devices; a wrong size is the user's mistake."""
   try:
-    return mesh_lib.make_mesh(config)
+    return mesh_lib.make_mesh(config, devices)
   except ValueError as e:
     raise config_lib.UserError(str(e)) from e

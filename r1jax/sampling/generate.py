@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from r1jax import types
+from r1jax.losses import token
 from r1jax.model import cache as cache_lib
 from r1jax.model import config as model_config
 from r1jax.model import transformer
@@ -93,83 +94,147 @@ def generate(
   Returns:
     A Rollout of width T + max_new_tokens.
   """
-  variables = transformer.unstack_layers(variables, config)
-  config = dataclasses.replace(config, scan_layers=False, remat=False)
-  model = transformer.Transformer(config)
+  sampler = _make_sampler(
+    config,
+    variables,
+    key,
+    max_new_tokens=max_new_tokens,
+    sampling=sampling,
+    stop_ids=stop_ids,
+    pad_id=pad_id,
+  )
   B, T = prompt_BT.shape
-  head = transformer.head(variables['params'], config)
-  stop_S = jnp.asarray(stop_ids, jnp.int32)
+  plan = phases(max_new_tokens, B)
+  with jax.named_scope('prefill'):
+    d = sampler.prefill(prompt_BT, length_B, row_B, T + plan[0][0])
+  with jax.named_scope('decode'):
+    start = 1
+    for end, wave in plan:
+      d = _run_phase(d, sampler.decode_step, start, end, wave, T)
+      start = end
+  return _assemble(
+    prompt_BT, length_B, d.new_BX, d.logp_BX, d.num_B, d.done_B, pad_id
+  )
 
-  def sample(hidden_BD, row_B, step):
-    logp_BV = filters.filtered_logp(head.logits(hidden_BD), sampling)
-    if sampling.temperature == 0:
-      token_B = jnp.argmax(logp_BV, axis=-1).astype(jnp.int32)
-    else:
-      keys_B = jax.vmap(jax.random.fold_in, (None, 0))(
-        jax.random.fold_in(key, step), row_B
-      )
-      token_B = _draw(jax.vmap(jax.random.uniform)(keys_B), logp_BV)
-    taken_B1 = jnp.take_along_axis(logp_BV, token_B[:, None], axis=-1)
-    return token_B, taken_B1[:, 0]
 
-  def place(x_BX, step, value_B):
-    return jax.lax.dynamic_update_slice(x_BX, value_B[:, None], (0, step))
+@dataclasses.dataclass(frozen=True)
+class _Sampler:
+  """A model with its variables, and how its tokens are drawn."""
 
-  def decode_step(carry):
+  config: model_config.ModelConfig
+  variables: Any
+  head: token.Head
+  key: jax.Array
+  max_new_tokens: int
+  sampling: filters.SamplingConfig
+  stop_S: jax.Array
+  pad_id: int
+
+  def prefill(
+    self,
+    prompt_BT: jax.Array,
+    length_B: jax.Array,
+    row_B: jax.Array,
+    num_slots: int,
+  ) -> _Decoding:
+    """Reads the prompts, and draws the first token behind them."""
+    B, T = prompt_BT.shape
+    slot_1T = jnp.arange(T, dtype=jnp.int32)[None]
+    out = self._model.apply(
+      self.variables,
+      prompt_BT,
+      segment_BT=(slot_1T < length_B[:, None]).astype(jnp.int32),
+      cache=transformer.make_cache(self.config, B, num_slots),
+    )
+    last_BD = jnp.take_along_axis(
+      out.hidden_BTD, (length_B - 1)[:, None, None], axis=1
+    )[:, 0]
+    token_B, logp_B = self._draw(last_BD, row_B, 0)
+    X = self.max_new_tokens
+    return _Decoding(
+      new_BX=_place(jnp.full((B, X), self.pad_id), 0, token_B),
+      logp_BX=_place(jnp.zeros((B, X)), 0, logp_B),
+      last_B=token_B,
+      num_B=jnp.ones((B,), jnp.int32),
+      done_B=jnp.isin(token_B, self.stop_S),
+      length_B=length_B,
+      row_B=row_B,
+      cache=out.cache,
+    )
+
+  def decode_step(
+    self, carry: tuple[jax.Array, _Decoding]
+  ) -> tuple[jax.Array, _Decoding]:
+    """One more token of each row that is not done."""
     step, d = carry
     live_B = ~d.done_B
-    out = model.apply(
-      variables,
+    out = self._model.apply(
+      self.variables,
       d.last_B[:, None],
       segment_BT=live_B.astype(jnp.int32)[:, None],
       position_BT=(d.length_B + step - 1)[:, None],
       cache=d.cache,
       decode=True,
     )
-    token_B, logp_B = sample(out.hidden_BTD[:, 0], d.row_B, step)
-    token_B = jnp.where(live_B, token_B, pad_id)
+    token_B, logp_B = self._draw(out.hidden_BTD[:, 0], d.row_B, step)
+    token_B = jnp.where(live_B, token_B, self.pad_id)
     return step + 1, dataclasses.replace(
       d,
-      new_BX=place(d.new_BX, step, token_B),
-      logp_BX=place(d.logp_BX, step, jnp.where(live_B, logp_B, 0.0)),
+      new_BX=_place(d.new_BX, step, token_B),
+      logp_BX=_place(d.logp_BX, step, jnp.where(live_B, logp_B, 0.0)),
       last_B=token_B,
       num_B=d.num_B + live_B,
-      done_B=d.done_B | jnp.isin(token_B, stop_S),
+      done_B=d.done_B | jnp.isin(token_B, self.stop_S),
       cache=out.cache,
     )
 
-  with jax.named_scope('prefill'):
-    slot_1T = jnp.arange(T, dtype=jnp.int32)[None]
-    plan = phases(max_new_tokens, B)
-    out = model.apply(
-      variables,
-      prompt_BT,
-      segment_BT=(slot_1T < length_B[:, None]).astype(jnp.int32),
-      cache=transformer.make_cache(config, B, T + plan[0][0]),
-    )
-    last_BD = jnp.take_along_axis(
-      out.hidden_BTD, (length_B - 1)[:, None, None], axis=1
-    )[:, 0]
-    token_B, logp_B = sample(last_BD, row_B, 0)
-    d = _Decoding(
-      new_BX=place(jnp.full((B, max_new_tokens), pad_id), 0, token_B),
-      logp_BX=place(jnp.zeros((B, max_new_tokens)), 0, logp_B),
-      last_B=token_B,
-      num_B=jnp.ones((B,), jnp.int32),
-      done_B=jnp.isin(token_B, stop_S),
-      length_B=length_B,
-      row_B=row_B,
-      cache=out.cache,
-    )
+  @property
+  def _model(self) -> transformer.Transformer:
+    return transformer.Transformer(self.config)
 
-  with jax.named_scope('decode'):
-    start = 1
-    for end, wave in plan:
-      d = _run_phase(d, decode_step, start, end, wave, T)
-      start = end
-  return _assemble(
-    prompt_BT, length_B, d.new_BX, d.logp_BX, d.num_B, d.done_B, pad_id
+  def _draw(self, hidden_BD, row_B, step):
+    logp_BV = filters.filtered_logp(self.head.logits(hidden_BD), self.sampling)
+    if self.sampling.temperature == 0:
+      token_B = jnp.argmax(logp_BV, axis=-1).astype(jnp.int32)
+    else:
+      keys_B = jax.vmap(jax.random.fold_in, (None, 0))(
+        jax.random.fold_in(self.key, step), row_B
+      )
+      token_B = _draw(jax.vmap(jax.random.uniform)(keys_B), logp_BV)
+    taken_B1 = jnp.take_along_axis(logp_BV, token_B[:, None], axis=-1)
+    return token_B, taken_B1[:, 0]
+
+
+def _make_sampler(
+  config: model_config.ModelConfig,
+  variables: Any,
+  key: jax.Array,
+  *,
+  max_new_tokens: int,
+  sampling: filters.SamplingConfig,
+  stop_ids: tuple[int, ...],
+  pad_id: int,
+) -> _Sampler:
+  variables = transformer.unstack_layers(variables, config)
+  config = _unrolled(config)
+  return _Sampler(
+    config=config,
+    variables=variables,
+    head=transformer.head(variables['params'], config),
+    key=key,
+    max_new_tokens=max_new_tokens,
+    sampling=sampling,
+    stop_S=jnp.asarray(stop_ids, jnp.int32),
+    pad_id=pad_id,
   )
+
+
+def _unrolled(config: model_config.ModelConfig) -> model_config.ModelConfig:
+  return dataclasses.replace(config, scan_layers=False, remat=False)
+
+
+def _place(x_BX: jax.Array, step: int | jax.Array, value_B: jax.Array):
+  return jax.lax.dynamic_update_slice(x_BX, value_B[:, None], (0, step))
 
 
 def _run_phase(d, decode_step, start, end, wave, prompt_width):
@@ -270,9 +335,93 @@ def make_generate(
       pad_id=pad_id,
     )
 
+  return _with_rows(run, config, mesh)
+
+
+def make_prefill(
+  config: model_config.ModelConfig,
+  mesh: jax.sharding.Mesh,
+  *,
+  num_slots: int,
+  **how: Any,
+) -> Callable[..., Any]:
+  """The first half of `make_generate` alone, with a cache of num_slots.
+
+  The other arguments and the program's are those of `make_generate`.
+  """
+
+  def run(variables, prompt_BT, length_B, row_B, key):
+    sampler = _make_sampler(config, variables, key, **how)
+    return sampler.prefill(prompt_BT, length_B, row_B, num_slots)
+
+  return _with_rows(run, config, mesh, _kinds(config))
+
+
+def make_decode_step(
+  config: model_config.ModelConfig, mesh: jax.sharding.Mesh, **how: Any
+) -> Callable[..., Any]:
+  """One step of the loop in `make_generate` alone.
+
+  A jitted (variables, step, rows, key) -> rows that donates the rows, which
+  are those of `abstract_rows`. The arguments are those of `make_generate`.
+  """
+
+  def run(variables, step, rows, key):
+    sampler = _make_sampler(config, variables, key, **how)
+    return sampler.decode_step((step, rows))[1]
+
   layout = sharding.for_sampling(transformer.shardings(config, mesh))
   sharded = sharding.per_device(
-    run, mesh, (layout, 'rows', 'rows', 'rows', 'whole'), 'rows'
+    run, mesh, (layout, 'whole', 'rows', 'whole'), _kinds(config)
+  )
+  return jax.jit(sharded, donate_argnums=2)
+
+
+def abstract_rows(
+  config: model_config.ModelConfig,
+  mesh: jax.sharding.Mesh,
+  *,
+  batch: int,
+  num_slots: int,
+  max_new_tokens: int,
+) -> Any:
+  """Shapes of rows in the middle of decoding, spread over a mesh."""
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=sharding.batch_sharding(mesh, x.ndim)
+    ),
+    _shapes(config, batch, num_slots, max_new_tokens),
+  )
+
+
+def _shapes(config, batch, num_slots, max_new_tokens):
+  ints = jax.ShapeDtypeStruct((batch,), jnp.int32)
+  return _Decoding(
+    new_BX=jax.ShapeDtypeStruct((batch, max_new_tokens), jnp.int32),
+    logp_BX=jax.ShapeDtypeStruct((batch, max_new_tokens), jnp.float32),
+    last_B=ints,
+    num_B=ints,
+    done_B=jax.ShapeDtypeStruct((batch,), jnp.bool_),
+    length_B=ints,
+    row_B=ints,
+    cache=jax.eval_shape(
+      lambda: transformer.make_cache(_unrolled(config), batch, num_slots)
+    ),
+  )
+
+
+def _kinds(config):
+  """What of them is rows, for `sharding.per_device`."""
+  return jax.tree.map(
+    lambda x: 'rows' if x.ndim else 'whole', _shapes(config, 1, 1, 1)
+  )
+
+
+def _with_rows(run, config, mesh, out='rows'):
+  """Jits a program of (variables, prompt_BT, length_B, row_B, key)."""
+  layout = sharding.for_sampling(transformer.shardings(config, mesh))
+  sharded = sharding.per_device(
+    run, mesh, (layout, 'rows', 'rows', 'rows', 'whole'), out
   )
 
   @jax.jit

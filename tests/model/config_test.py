@@ -33,6 +33,20 @@ def test_moe_rules(changes, message):
     ({'moe': None}, 'moe=None needs num_dense_layers=3'),
     ({'dtype': 'float16'}, "dtype='float16'"),
     ({'mtp_depth': -1}, 'mtp_depth=-1'),
+    (
+      {'attention_implementation': 'flash'},
+      "attention_implementation='flash', it must be one of",
+    ),
+    (
+      {
+        'attention_implementation': 'splash',
+        'attention': dataclasses.replace(
+          tiny.config().attention,
+          indexer=model_config.IndexerConfig(2, 8, 4),
+        ),
+      },
+      "'splash': with an indexer it must be 'naive'",
+    ),
   ],
 )
 def test_model_rules(changes, message):

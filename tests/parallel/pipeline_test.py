@@ -432,8 +432,9 @@ def _model_functions(num_layers):
     return (
       attention.Context(
         cos_sin=rope.cos_sin(batch.position_BT, a.rope, a.rotated_dim),
+        segment_BT=batch.segment_BT,
+        segment_BS=batch.segment_BT,
         mask_BTS=attention.attention_mask(*place, *place),
-        keep_BT=batch.segment_BT > 0,
       ),
       batch.mask_BT.sum(1) / batch.num_tokens,
     )

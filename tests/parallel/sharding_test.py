@@ -144,7 +144,13 @@ _GQA = dataclasses.replace(
     qk_norm=True,
   ),
 )
-_CONFIGS = {'mla': _CONFIG, 'sparse': _SPARSE, 'gqa': _GQA}
+_CHUNKED = dataclasses.replace(_CONFIG, attention_implementation='chunked')
+_CONFIGS = {
+  'mla': _CONFIG,
+  'sparse': _SPARSE,
+  'gqa': _GQA,
+  'chunked': _CHUNKED,
+}
 
 
 def _program(name, num_microbatches=1, **mesh):
@@ -183,6 +189,7 @@ _SLOW = (
   ('mla', {'data': 2, 'fsdp': 2, 'num_microbatches': 2}),
   ('gqa', {'fsdp': 2, 'expert': 2, 'tensor': 2}),
   ('sparse', {'fsdp': 2, 'tensor': 2, 'context': 2}),
+  ('chunked', {'fsdp': 2, 'tensor': 2, 'context': 2}),
 )
 
 

@@ -1,19 +1,27 @@
 """Programs that tests compile for TPUs: devices in, jax.stages.Lowered out."""
 
+import dataclasses
+import functools
 import os
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+  Mesh,
+  NamedSharding,
+  PartitionSpec,
+  SingleDeviceSharding,
+)
 
 from configs import pretrain as pretrain_config
-from r1jax import config, types
+from pallas_kernels.flash_attention import ops as flash_attention_ops
+from pallas_kernels.grouped_matmul import ops as grouped_matmul_ops
+from r1jax import config
 from r1jax.parallel import mesh as mesh_lib
 from r1jax.parallel import sharding
-from r1jax.recipe import origin, pretrain, stage
+from r1jax.recipe import origin, pretrain, programs
 from r1jax.sampling import filters, generate
 
 
@@ -46,34 +54,80 @@ def abort(devices: Sequence[jax.Device]) -> jax.stages.Lowered:
   os.abort()
 
 
+# Rows, k, n, groups: Moonlight's widths; 1408 is no whole number of tiles.
+MEGABLOX = 4096, 2048, 1408, 4
+
+
+def megablox(devices: Sequence[jax.Device]) -> jax.stages.Lowered:
+  """A grouped matmul with its gradient, on one device."""
+  m, k, n, g = MEGABLOX
+
+  @jax.jit
+  def run(x_mk, w_gkn, size_g, pull_mn):
+    multiply = functools.partial(
+      grouped_matmul_ops.grouped_matmul,
+      size_g=size_g,
+      block=512,
+      implementation='megablox',
+    )
+    out_mn, vjp = jax.vjp(multiply, x_mk, w_gkn)
+    return out_mn, vjp(pull_mn)
+
+  struct = functools.partial(
+    jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(devices[0])
+  )
+  return run.lower(
+    struct((m, k), jnp.bfloat16),
+    struct((g, k, n), jnp.bfloat16),
+    struct((g,), jnp.int32),
+    struct((m, n), jnp.bfloat16),
+  )
+
+
+# Queries, keys, heads, and the widths of MLA's keys and values.
+SPLASH = 1024, 4096, 8, 192, 128
+
+
+def splash(devices: Sequence[jax.Device]) -> jax.stages.Lowered:
+  """Attention of some of a row's queries, with its gradient, on one device."""
+  T, S, H, Q, U = SPLASH
+
+  @jax.jit
+  def run(q_BTHQ, k_BSHQ, v_BSHU, segment_BS, first, pull_BTHU):
+    segment_BT = jax.lax.dynamic_slice_in_dim(segment_BS, first, T, axis=1)
+    out_BTHU, vjp = jax.vjp(
+      lambda *args: flash_attention_ops.flash_attention(
+        *args,
+        segment_BT,
+        segment_BS,
+        first,
+        scale=Q**-0.5,
+        implementation='splash',
+      ),
+      q_BTHQ,
+      k_BSHQ,
+      v_BSHU,
+    )
+    return out_BTHU, vjp(pull_BTHU)
+
+  struct = functools.partial(
+    jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(devices[0])
+  )
+  return run.lower(
+    struct((1, T, H, Q), jnp.bfloat16),
+    struct((1, S, H, Q), jnp.bfloat16),
+    struct((1, S, H, U), jnp.bfloat16),
+    struct((1, S), jnp.int32),
+    struct((), jnp.int32),
+    struct((1, T, H, U), jnp.bfloat16),
+  )
+
+
 def tiny_train_step(devices: Sequence[jax.Device]) -> jax.stages.Lowered:
   """Pretraining the demo's model, half of the devices on each mesh axis."""
-  run = _demo_run()
-  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(data=-1, fsdp=2), devices)
-  tiny = stage.Stage(
-    workdir=epath.Path('unused'),
-    model=run.model,
-    train=run.train,
-    optim=run.optim,
-    mesh=mesh,
-    seed=0,
-    title='tiny',
-  )
-  loss_fn = pretrain.make_loss(
-    run.model, mtp_coef=run.mtp_coef, balance_coef=run.train.balance_coef
-  )
-  shape = (run.batch_size, run.row_length)
-  rows = lambda dtype: _struct(mesh, shape, dtype)
-  batch = types.Batch(
-    tokens_BT=rows(jnp.int32),
-    mask_BT=rows(jnp.float32),
-    segment_BT=rows(jnp.int32),
-    position_BT=rows(jnp.int32),
-    num_tokens=_struct(mesh, (), jnp.float32),
-    num_sequences=_struct(mesh, (), jnp.float32),
-  )
-  with jax.set_mesh(mesh):
-    return tiny.make_train_step(loss_fn).lower(tiny.abstract_state(), batch)
+  mesh = mesh_lib.MeshConfig(data=-1, fsdp=2)
+  run = dataclasses.replace(_demo_run(), mesh=mesh)
+  return programs.build('train', run, devices).trace().lower()
 
 
 def tiny_decode_step(devices: Sequence[jax.Device]) -> jax.stages.Lowered:

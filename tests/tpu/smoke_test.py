@@ -11,6 +11,7 @@ from r1jax.model import transformer
 from r1jax.parallel import sharding
 from r1jax.recipe import pretrain
 from r1jax.train import optimizer
+from tests.tpu import programs
 
 pytestmark = pytest.mark.tpu_smoke
 
@@ -25,6 +26,26 @@ def test_matmul_compiles(compile_for_tpu):
   # A quarter of x [1024, 256] and all of w [256, 256], 2 bytes each.
   assert report['argument_bytes'] == 1024 * 256 * 2 // 4 + 256 * 256 * 2
   assert sum(report['collectives'].values()) >= 1
+
+
+def test_megablox_compiles_with_its_gradient_and_copies_nothing(
+  compile_for_tpu,
+):
+  name = 'programs:megablox'
+  report = compile_for_tpu(_TOPOLOGY, [name])[name]
+  m, k, n, _ = programs.MEGABLOX
+  # The product and both of its gradients, as the kernels estimate them.
+  assert report['flops'] == pytest.approx(3 * 2 * m * k * n, rel=0.02)
+  assert report['temp_bytes'] < 2 * m * n / 4
+
+
+def test_splash_compiles_with_its_gradient_and_without_scores(compile_for_tpu):
+  name = 'programs:splash'
+  report = compile_for_tpu(_TOPOLOGY, [name])[name]
+  T, S, H, _, U = programs.SPLASH
+  # Queries, keys and their gradients padded to 256, values and theirs.
+  assert report['temp_bytes'] < 1.2 * 2 * H * (2 * 256 + 2 * U) * (T + S)
+  assert report['temp_bytes'] < 4 * H * T * S
 
 
 def _bytes() -> tuple[int, int]:

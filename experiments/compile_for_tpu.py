@@ -1,0 +1,191 @@
+"""Compiles a run's programs for a TPU pod, on a machine that has none.
+
+  python -m experiments.compile_for_tpu --config=configs/pretrain_671b.py \
+      --topology=v5p:8x8x16 [--num_slices=4] [--programs=train] [--json=FILE]
+
+Says of each program whether it fits, what it computes and what it sends, and
+how long that takes at least. Nothing is allocated. Needs libtpu (make
+setup-tpu). Exit code 1 if a program did not compile.
+"""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from typing import Any
+
+from absl import flags
+
+from experiments import app, config_flag
+from r1jax import config
+
+_TOPOLOGY = flags.DEFINE_string(
+  'topology', None, 'Chips and their torus: v5p:8x8x16.', required=True
+)
+_NUM_SLICES = flags.DEFINE_integer(
+  'num_slices', None, 'So many of them; default mesh.num_slices.', 1
+)
+_PROGRAMS = flags.DEFINE_list(
+  'programs', None, 'Of train, logprob, prefill, decode, reshard; default all.'
+)
+_MODEL = flags.DEFINE_string(
+  'model', '', "File of a model's config, in place of that of init_from."
+)
+_JSON = flags.DEFINE_string('json', None, 'File to write all figures to.')
+_HLO = flags.DEFINE_string('hlo', None, 'Folder to write the HLO texts to.')
+_TIMEOUT = flags.DEFINE_float('timeout', 3600, 'Seconds for a program.', 1)
+
+# What the line says that tells why a compile failed, the surest first.
+_MARKS = (
+  *('RESOURCE_EXHAUSTED', 'LLVM ERROR', 'Check failed', 'Error:'),
+  *('*** SIG', 'Fatal Python error'),
+)
+_ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def main() -> None:
+  jobs = make_jobs()
+  if importlib.util.find_spec('libtpu') is None:
+    raise config.UserError('libtpu is not installed: make setup-tpu does so')
+  reports = {}
+  for job in jobs:
+    name = job['program']
+    print(f'{name}: compiling for {job["topology"]} …', flush=True)
+    reports[name] = compile_one(job, timeout=_TIMEOUT.value)
+    print(show(reports[name], job['topology']), flush=True)
+  if _JSON.value:
+    text = json.dumps({'programs': reports}, indent=2) + '\n'
+    pathlib.Path(_JSON.value).write_text(text)
+  if any('error' in report for report in reports.values()):
+    sys.exit(1)
+
+
+def make_jobs() -> list[dict[str, Any]]:
+  """One job for each program, from the flags.
+
+  Raises:
+    UserError: An unknown topology or program, or an impossible config.
+  """
+  from experiments import compile_kinds
+  from r1jax.parallel import chips
+  from r1jax.recipe import programs
+
+  try:
+    chips.find(_TOPOLOGY.value)
+  except ValueError as e:
+    raise config.UserError(str(e)) from e
+  kind = compile_kinds.find(flags.FLAGS.config)
+  run = app.load(compile_kinds.KINDS[kind])
+  known = programs.names(run)
+  names = _PROGRAMS.value or known
+  for name in names:
+    if name not in known:
+      raise config.UserError(
+        f'program {name!r}: {kind} runs have {", ".join(known)}'
+      )
+  values = config.to_dict(run)
+  num_slices = _NUM_SLICES.value or run.mesh.num_slices
+  values['mesh']['num_slices'] = num_slices
+  if _HLO.value:
+    pathlib.Path(_HLO.value).mkdir(parents=True, exist_ok=True)
+  return [
+    {
+      'kind': kind,
+      'config': values,
+      'model': _load_model(_MODEL.value),
+      'topology': _TOPOLOGY.value,
+      'num_slices': num_slices,
+      'program': name,
+      'hlo': _HLO.value and str(pathlib.Path(_HLO.value) / f'{name}.txt'),
+    }
+    for name in names
+  ]
+
+
+def _load_model(spec: str) -> dict[str, Any] | None:
+  return config_flag.load(spec).to_dict() if spec else None
+
+
+def compile_one(job: dict[str, Any], *, timeout: float) -> dict[str, Any]:
+  """The report of `compile_worker`, or {'error', 'returncode'}.
+
+  Raises:
+    UserError: The job is impossible.
+  """
+  paths = [str(_ROOT), os.environ.get('PYTHONPATH', '')]
+  environment = {
+    **os.environ,
+    'PYTHONPATH': os.pathsep.join(filter(None, paths)),
+  }
+  start = time.monotonic()
+  try:
+    result = subprocess.run(
+      [sys.executable, '-m', 'experiments.compile_worker'],
+      input=json.dumps(job),
+      env=environment,
+      capture_output=True,
+      text=True,
+      timeout=timeout,
+    )
+  except subprocess.TimeoutExpired:
+    return {'error': f'not compiled in {timeout:g} s', 'returncode': None}
+  lines = result.stdout.splitlines()
+  if result.returncode == 2 and lines:
+    raise config.UserError(json.loads(lines[-1])['mistake'])
+  if result.returncode or not lines:
+    seconds = time.monotonic() - start
+    return {
+      'error': f'{_reason(result.stderr)} (after {seconds:.0f} s)',
+      'returncode': result.returncode,
+    }
+  return json.loads(lines[-1])
+
+
+def _reason(stderr: str) -> str:
+  """The line that says why, as far as one can tell."""
+  lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+  for mark in _MARKS:
+    for line in lines:
+      if mark in line:
+        return line
+  return lines[-1] if lines else 'the process said nothing'
+
+
+def show(report: dict[str, Any], topology: str) -> str:
+  """A report as text."""
+  from r1jax.parallel import chips
+
+  if 'error' in report:
+    return f'  FAILED, return code {report["returncode"]}: {report["error"]}'
+  chip = chips.find(topology)[0].per_device()
+  hbm, roofline = report['hbm_bytes'], report['roofline_seconds']
+  gib = lambda n: f'{n / 2**30:,.2f}'
+  fits = 'fits' if hbm['total'] <= chip.hbm_bytes else 'DOES NOT FIT'
+  lines = [
+    'mesh '
+    + (' x '.join(f'{a}={n}' for a, n in report['mesh'].items()) or 'of one'),
+    ', '.join(f'{k} {v}' for k, v in report['shapes'].items()),
+    f'HBM per device, GiB: arguments {gib(hbm["arguments"])}, temporaries '
+    f'{gib(hbm["temporaries"])}, new outputs {gib(hbm["outputs"])}, total '
+    f'{gib(hbm["total"])} of {gib(chip.hbm_bytes)}: {fits}',
+    f'FLOPs per device: {report["flops"]:.3e}',
+  ]
+  for axes, kinds in sorted(report['collectives'].items()):
+    for kind, c in sorted(kinds.items()):
+      lines.append(
+        f'{axes:<24} {kind:<20} {c["link"]:>4} {c["bytes"] / 2**20:>12,.1f} '
+        f'MiB sent, {c["sites"]:>4} sites'
+      )
+  parts = [f'{k.upper()} {v:.3g}' for k, v in roofline.items() if k != 'bound']
+  lines.append(
+    f'at least {roofline["bound"]:.3g} s a call ({", ".join(parts)})'
+  )
+  lines.append(f'compiled in {report["compile_seconds"]:.0f} s')
+  return '\n'.join(f'  {line}' for line in lines)
+
+
+if __name__ == '__main__':
+  app.run(main, config_file='')
