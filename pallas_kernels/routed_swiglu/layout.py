@@ -9,6 +9,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+# Choices of a token that are worked off without a loop.
+_UNROLLED = 2
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -145,9 +148,7 @@ def sum_of_rows(y_mD: jax.Array, layout: Layout) -> jax.Array:
   A gather, not the scatter-add that autodiff would make of it.
   """
   has_row_TK = layout.slot_TK < len(layout.choice_m)
-  return jnp.einsum(
-    'TKD,TK->TD', _take(y_mD, layout.slot_TK), has_row_TK.astype(y_mD.dtype)
-  )
+  return weighted_sum(y_mD, layout.slot_TK, has_row_TK)
 
 
 dispatch.defvjp(
@@ -171,8 +172,7 @@ def of_choices(value_m: jax.Array, layout: Layout) -> jax.Array:
 @jax.custom_vjp
 def combine(y_mD: jax.Array, weight_TK: jax.Array, layout: Layout) -> jax.Array:
   """Sums each token's rows with its weights: [m, D] -> [T, D]."""
-  weight_TK = _masked(weight_TK, layout)
-  return jnp.einsum('TKD,TK->TD', _take(y_mD, layout.slot_TK), weight_TK)
+  return weighted_sum(y_mD, layout.slot_TK, _masked(weight_TK, layout))
 
 
 def _combine_fwd(y_mD, weight_TK, layout):
@@ -181,19 +181,59 @@ def _combine_fwd(y_mD, weight_TK, layout):
 
 def _combine_bwd(saved, grad_TD):
   y_mD, weight_TK, layout = saved
-  grad_weight_TK = jnp.einsum(
-    'TKD,TD->TK', _take(y_mD, layout.slot_TK), grad_TD
+  grad_weight_KT = _over_choices(
+    lambda slot_T: jnp.einsum(
+      'TD,TD->T',
+      _take(y_mD, slot_T),
+      grad_TD,
+      preferred_element_type=jnp.float32,
+    ),
+    layout.slot_TK.T,
   )
   weight_m = of_rows(weight_TK, layout)
   grad_mD = _take(grad_TD, layout.source_m) * weight_m[:, None]
   return (
     grad_mD.astype(y_mD.dtype),
-    _masked(grad_weight_TK.astype(weight_TK.dtype), layout),
+    _masked(grad_weight_KT.T.astype(weight_TK.dtype), layout),
     None,
   )
 
 
 combine.defvjp(_combine_fwd, _combine_bwd)
+
+
+def weighted_sum(
+  rows_mD: jax.Array, slot_TK: jax.Array, weight_TK: jax.Array
+) -> jax.Array:
+  """Σ_k weight[t, k] · rows[slot[t, k]], [T, D] in the dtype of the rows.
+
+  One choice of each token after the other, summed in float32: all of them at
+  once would be K times the result. A slot past the last row is the last row.
+  """
+
+  def add(total_TD, slot_T, weight_T):
+    row_TD = _take(rows_mD, slot_T).astype(jnp.float32)
+    return total_TD + row_TD * weight_T.astype(jnp.float32)[:, None]
+
+  T, K = slot_TK.shape
+  total_TD = jnp.zeros((T, rows_mD.shape[1]), jnp.float32)
+  if K <= _UNROLLED:
+    for k in range(K):
+      total_TD = add(total_TD, slot_TK[:, k], weight_TK[:, k])
+  else:
+    total_TD, _ = jax.lax.scan(
+      lambda total, xs: (add(total, *xs), None),
+      total_TD,
+      (slot_TK.T, weight_TK.T),
+    )
+  return total_TD.astype(rows_mD.dtype)
+
+
+def _over_choices(function, slot_KT):
+  """Results stacked, [K, …]."""
+  if len(slot_KT) <= _UNROLLED:
+    return jnp.stack([function(slot_T) for slot_T in slot_KT])
+  return jax.lax.map(function, slot_KT)
 
 
 def _take(rows: jax.Array, index: jax.Array) -> jax.Array:

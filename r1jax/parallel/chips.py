@@ -1,9 +1,10 @@
 """What TPU chips can do at best, by the names of their topologies.
 
-Sources: the tables of https://docs.cloud.google.com/tpu/docs/v5e, /v5p, /v6e
-and /tpu7x, which give ICI per chip in both directions (v5p: 1,200 GB/s over 6
-links, so 100 GB/s each way), and the data centre network per host or chip
-(v5p: 50 Gbps a chip).
+Sources: https://docs.cloud.google.com/tpu/docs/v5e and /v5p, which give ICI per
+chip in both directions (v5p: 1,200 GB/s over 6 links, so 100 GB/s each way)
+and the data centre network per host or chip (v5p: 50 Gbps a chip). Of v6e, ICI
+and network follow from its 3,200 Gbps a chip and 25.6 Tbps a pod; of tpu7x
+both are assumed to be v5p's and v6e's: no source was found.
 """
 
 import dataclasses

@@ -18,6 +18,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.routed_swiglu import layout
 from r1jax import fp8
 
 AXIS = 'expert'
@@ -260,11 +261,7 @@ def combine(
     len(p.token_s),
   )
   is_sent_TK = p.slot_TK < len(p.token_s)
-  return jnp.einsum(
-    'TKD,TK->TD',
-    jnp.take(row_sD, p.slot_TK, axis=0, mode='clip'),
-    is_sent_TK.astype(y_ND.dtype),
-  )
+  return layout.weighted_sum(row_sD, p.slot_TK, is_sent_TK)
 
 
 dispatch.defvjp(

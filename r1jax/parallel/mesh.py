@@ -72,9 +72,13 @@ def make_mesh(
     shown = ' x '.join(
       f'{a}={s}' for a, s in sizes.items() if s > 1 or a in ('data', 'fsdp')
     )
+    rest = math.prod(sizes.values()) // sizes['data']
+    good = f'data={len(devices) // rest}'
+    if len(devices) % rest:
+      good = f'data={len(devices)} and 1 for all others'
     raise ValueError(
       f'mesh {shown} needs {math.prod(sizes.values())} devices, there are '
-      f'{len(devices)}; mesh.data=-1 mesh.fsdp=1 would do'
+      f'{len(devices)}; {good} would do'
     )
   if sizes['data'] % config.num_slices:
     raise ValueError(

@@ -341,7 +341,7 @@ def tree_shardings(mesh: Mesh, boxed: Any) -> Any:
         shown = ' x '.join(f'{a}={n}' for a, n in parts.items())
         raise ValueError(
           f'parameter {jax.tree_util.keystr(path)} {shape}: mesh axis '
-          f'{shown} does not divide {size}'
+          f'{shown} does not divide {size}, a divisor of it would do'
         )
     return NamedSharding(mesh, spec)
 

@@ -343,6 +343,7 @@ def _check_sizes(
     num_microbatches=config.train.num_microbatches,
   )
   config_check.check_length('rollout.row_length', rollout.row_length, model)
+  config_check.check_context('rollout.row_length', rollout.row_length, mesh)
 
 
 def _example_batch(rollout: rollouts.RolloutConfig) -> types.PolicyBatch:

@@ -175,6 +175,7 @@ def run(
     mesh,
     num_microbatches=config.train.num_microbatches,
   )
+  config_check.check_context('row_length', config.row_length, mesh)
   train_rows, held_out_rows = _make_rows(config, tokenizer)
   is_text = isinstance(config.data, text.TextConfig)
   stage = stage_lib.Stage(

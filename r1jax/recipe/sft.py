@@ -93,6 +93,7 @@ def run(
     mesh,
     num_microbatches=config.train.num_microbatches,
   )
+  config_check.check_context('row_length', config.row_length, mesh)
   config_check.check_length('row_length', config.row_length, model)
   train_rows, evaluate = _make_rows(config, tokenizer, 'train'), None
   if config.data.held_out_fraction > 0:

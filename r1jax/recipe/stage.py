@@ -350,6 +350,11 @@ def make_mesh(
   config: mesh_lib.MeshConfig, devices: Sequence[jax.Device] | None = None
 ) -> jax.sharding.Mesh:
   """The mesh of (all) devices; a wrong size is the user's mistake."""
+  if config.pipe != 1:
+    raise config_lib.UserError(
+      f'mesh.pipe={config.pipe}: no stage trains in a pipeline yet; '
+      'mesh.pipe=1 and more of mesh.fsdp or mesh.expert would do'
+    )
   try:
     return mesh_lib.make_mesh(config, devices)
   except ValueError as e:

@@ -37,20 +37,30 @@ def _run(*flags):
   )
 
 
+_MISTAKES = (
+  (['--topology=v5p:2x2'], ['v5p:2x2', 'v5e:4x4', 'v5p:4x4x4']),
+  (['--topology=v9:2x2x1'], ['v9:2x2x1', 'tpu7x:4x4x4']),
+  ([], ['--topology is required']),
+  (
+    ['--topology=v5p:2x2x1', '--programs=train,decode'],
+    ["'decode'", 'pretrain runs have train'],
+  ),
+  (
+    ['--topology=v5p:2x2x1', '--model=configs/none.py'],
+    ['there is no file configs/none.py'],
+  ),
+  (
+    ['--topology=v5p:2x2x1', '--config=configs/evaluate.py'],
+    ['configs/evaluate.py'],
+  ),
+)
+
+
 @pytest.mark.parametrize(
   ('flags', 'words'),
   [
-    (['--topology=v5p:2x2'], ['v5p:2x2', 'v5e:4x4', 'v5p:4x4x4']),
-    (['--topology=v9:2x2x1'], ['v9:2x2x1', 'tpu7x:4x4x4']),
-    ([], ['--topology is required']),
-    (
-      ['--topology=v5p:2x2x1', '--programs=train,decode'],
-      ["'decode'", 'pretrain runs have train'],
-    ),
-    (
-      ['--topology=v5p:2x2x1', '--model=configs/none.py'],
-      ['there is no file configs/none.py'],
-    ),
+    _MISTAKES[0],
+    *(pytest.param(*m, marks=pytest.mark.slow) for m in _MISTAKES[1:]),
   ],
 )
 def test_mistakes_end_in_one_line(flags, words):
@@ -58,12 +68,6 @@ def test_mistakes_end_in_one_line(flags, words):
   assert result.returncode == 2
   assert result.stderr.count('\n') == 1
   assert all(word in result.stderr for word in words), result.stderr
-
-
-def test_a_config_of_no_training_run_is_a_mistake():
-  result = _run('--config=configs/evaluate.py', '--topology=v5p:2x2x1')
-  assert result.returncode == 2
-  assert 'of no run that trains' in result.stderr
 
 
 def test_kinds_are_told_apart_by_their_keys():

@@ -74,6 +74,26 @@ def base(tmp_path):
       'row_length=65 exceeds model.max_length=64',
     ),
     (
+      {'mesh.data': 1, 'mesh.context': 8, 'row_length': 60},
+      'row_length=60 must be a multiple of mesh.context=8',
+    ),
+    (
+      {'mesh.data': 1, 'mesh.expert': 8},
+      r'parameter .* mesh axis expert=8 does not divide 4, a divisor of it',
+    ),
+    (
+      {'mesh.data': 3, 'mesh.fsdp': 2},
+      'mesh data=3 x fsdp=2 needs 6 devices, there are 8; data=4 would do',
+    ),
+    (
+      {'mesh.data': 3, 'mesh.expert': 3},
+      'needs 9 devices, there are 8; data=8 and 1 for all others would do',
+    ),
+    (
+      {'mesh.data': 4, 'mesh.pipe': 2},
+      'mesh.pipe=2: no stage trains in a pipeline yet; mesh.pipe=1 and more',
+    ),
+    (
       {'mesh.data': 3},
       'mesh data=3 x fsdp=1 needs 3 devices, there are 8; mesh.data=-1 '
       'mesh.fsdp=1 would do',
