@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 
 from absl import flags
 
-from experiments import app
+from experiments import app, json_flag
 from r1jax import config
 
 _PEERS = flags.DEFINE_string('peers', None, "Folder of the peers' scripts.")
@@ -39,7 +39,7 @@ _REPEATS = flags.DEFINE_integer(
 _DEVICES = flags.DEFINE_list(
   'devices', None, 'CPU devices to try; default 1 and one per core, at most 8.'
 )
-_JSON = flags.DEFINE_string('json', None, 'File to write all figures to.')
+flags.adopt_module_key_flags(json_flag)
 
 _TIMEOUT_SECONDS = 900
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -118,7 +118,7 @@ def main() -> None:
       print(f'  transformers and TRL, {way} …', flush=True)
       add(series, way, run_peers(peers, python, threads))
   print(table(series))
-  if _JSON.value:
+  if json_flag.FILE.value:
     report = {
       'cores': os.cpu_count(),
       'load': loads,
@@ -127,7 +127,9 @@ def main() -> None:
         r.title: {'bound': r.bound, 'rounds': ratio(series, r)} for r in RATIOS
       },
     }
-    pathlib.Path(_JSON.value).write_text(json.dumps(report, indent=2) + '\n')
+    pathlib.Path(json_flag.FILE.value).write_text(
+      json.dumps(report, indent=2) + '\n'
+    )
 
 
 def add(

@@ -19,7 +19,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import app, config_flag
+from experiments import app, config_flag, json_flag
 from r1jax import config
 
 _TOPOLOGY = flags.DEFINE_string(
@@ -34,7 +34,7 @@ _PROGRAMS = flags.DEFINE_list(
 _MODEL = flags.DEFINE_string(
   'model', '', "File of a model's config, in place of that of init_from."
 )
-_JSON = flags.DEFINE_string('json', None, 'File to write all figures to.')
+flags.adopt_module_key_flags(json_flag)
 _HLO = flags.DEFINE_string('hlo', None, 'Folder to write the HLO texts to.')
 _TIMEOUT = flags.DEFINE_float('timeout', 3600, 'Seconds for a program.', 1)
 
@@ -56,9 +56,9 @@ def main() -> None:
     print(f'{name}: compiling for {job["topology"]} …', flush=True)
     reports[name] = compile_one(job, timeout=_TIMEOUT.value)
     print(show(reports[name], job['topology']), flush=True)
-  if _JSON.value:
+  if json_flag.FILE.value:
     text = json.dumps({'programs': reports}, indent=2) + '\n'
-    pathlib.Path(_JSON.value).write_text(text)
+    pathlib.Path(json_flag.FILE.value).write_text(text)
   if any('error' in report for report in reports.values()):
     sys.exit(1)
 
