@@ -49,10 +49,6 @@ _MISTAKES = (
     ['--topology=v5p:2x2x1', '--model=configs/none.py'],
     ['there is no file configs/none.py'],
   ),
-  (
-    ['--topology=v5p:2x2x1', '--config=configs/evaluate.py'],
-    ['configs/evaluate.py'],
-  ),
 )
 
 
@@ -68,6 +64,13 @@ def test_mistakes_end_in_one_line(flags, words):
   assert result.returncode == 2
   assert result.stderr.count('\n') == 1
   assert all(word in result.stderr for word in words), result.stderr
+
+
+@pytest.mark.slow
+def test_a_config_of_no_training_run_is_a_mistake():
+  result = _run('--config=configs/evaluate.py', '--topology=v5p:2x2x1')
+  assert result.returncode == 2
+  assert 'of no run that trains' in result.stderr
 
 
 def test_kinds_are_told_apart_by_their_keys():
