@@ -79,7 +79,7 @@ def base(tmp_path):
     ),
     (
       {'mesh.data': 1, 'mesh.expert': 8},
-      r'parameter .* mesh axis expert=8 does not divide 4, a divisor of it',
+      r'parameter .* mesh axis expert=8 does not divide 4, a divisor of it would do',
     ),
     (
       {'mesh.data': 3, 'mesh.fsdp': 2},
@@ -87,16 +87,17 @@ def base(tmp_path):
     ),
     (
       {'mesh.data': 3, 'mesh.expert': 3},
-      'needs 9 devices, there are 8; data=8 and 1 for all others would do',
+      'mesh data=3 x fsdp=1 x expert=3 needs 9 devices, there are 8; data=8 '
+      'and 1 for all others would do',
     ),
     (
       {'mesh.data': 4, 'mesh.pipe': 2},
-      'mesh.pipe=2: no stage trains in a pipeline yet; mesh.pipe=1 and more',
+      'mesh.pipe=2: no stage trains in a pipeline yet; mesh.pipe=1 and more '
+      'of mesh.fsdp or mesh.expert would do',
     ),
     (
       {'mesh.data': 3},
-      'mesh data=3 x fsdp=1 needs 3 devices, there are 8; mesh.data=-1 '
-      'mesh.fsdp=1 would do',
+      'mesh data=3 x fsdp=1 needs 3 devices, there are 8; data=8 would do',
     ),
     (
       {'model.vocab_size': 100},
