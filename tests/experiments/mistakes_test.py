@@ -79,7 +79,8 @@ def base(tmp_path):
     ),
     (
       {'mesh.data': 1, 'mesh.expert': 8},
-      r'parameter .* mesh axis expert=8 does not divide 4, a divisor of it would do',
+      r'parameter .* mesh axis expert=8 does not divide 4, a divisor of it '
+      'would do',
     ),
     (
       {'mesh.data': 3, 'mesh.fsdp': 2},
