@@ -59,13 +59,13 @@ def to_workdir(
       checkpoints.save(0, state, {})
     if is_owner:
       tokenizer_files.copy(folder, unfinished / tokenizer_files.FOLDER)
-      resolved = {
-        'model': config_lib.to_dict(model),
-        'tokenizer': tokenizer_files.FOLDER,
-        'from_hf': os.path.abspath(folder),
-        'token_ids': tokenizer_files.token_ids(folder),
-      }
-      workdir_lib.prepare(unfinished, resolved)
+    resolved = {
+      'model': config_lib.to_dict(model),
+      'tokenizer': tokenizer_files.FOLDER,
+      'from_hf': os.path.abspath(folder),
+      'token_ids': tokenizer_files.token_ids(folder),
+    }
+    workdir_lib.prepare(unfinished, resolved)
     multihost_utils.sync_global_devices('No process writes any more.')
   multihost_utils.sync_global_devices('The folder has its name.')
 
