@@ -8,24 +8,13 @@ with the job with exit code 2.
 """
 
 import json
-import os
 import sys
 import time
 from typing import Any
 
-# Before jax: the CPU is the live backend, libtpu is only a compiler.
-os.environ.update(
-  JAX_PLATFORMS='cpu',
-  ALLOW_MULTIPLE_LIBTPU_LOAD='1',
-  TPU_ACCELERATOR_TYPE='v5litepod-4',
-  TPU_MIN_LOG_LEVEL='3',
-  TPU_SKIP_MDS_QUERY='1',
-  TPU_STDERR_LOG_LEVEL='3',
-  TPU_WORKER_HOSTNAMES='localhost',
-  TPU_WORKER_ID='0',
-)
-# Compiled for a topology, a program is written to the cache but never read.
-os.environ.pop('JAX_COMPILATION_CACHE_DIR', None)
+from experiments import tpu_compiler
+
+tpu_compiler.set_up()
 
 import jax  # noqa: E402
 from jax.experimental import topologies  # noqa: E402

@@ -394,7 +394,7 @@ def _shardings(
 ) -> Any:
   if mesh is not None:
     return transformer.shardings(config, mesh)
-  boxed = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
+  boxed = transformer.abstract(config)
   one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   return jax.tree.map(lambda _: one, sharding.unbox(boxed))
 

@@ -311,14 +311,18 @@ def init(config: model_config.ModelConfig, key: jax.Array) -> Any:
   return {'router': {}, **variables}
 
 
+def abstract(config: model_config.ModelConfig) -> Any:
+  """Shapes of what `init` returns, with their axis names."""
+  return jax.eval_shape(lambda: init(config, jax.random.key(0)))
+
+
 def shardings(config: model_config.ModelConfig, mesh: jax.sharding.Mesh) -> Any:
   """Where a model's variables lie on a mesh, to be trained.
 
   Raises:
     ValueError: As `sharding.tree_shardings`.
   """
-  boxed = jax.eval_shape(lambda: init(config, jax.random.key(0)))
-  return sharding.tree_shardings(mesh, boxed)
+  return sharding.tree_shardings(mesh, abstract(config))
 
 
 def unstack_layers(variables: Any, config: model_config.ModelConfig) -> Any:

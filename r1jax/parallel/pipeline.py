@@ -18,15 +18,13 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from r1jax.parallel import layer_gradient
 from r1jax.parallel import table as table_lib
 from r1jax.parallel.table import Backward, Column
 
 AXIS = 'pipe'
 
 Tree = Any
-# product(path, function, x) = function(x, weight at path), linear in both.
-Product = Callable[[str, Callable[[Any, jax.Array], jax.Array], Any], jax.Array]
-Layer = Callable[..., tuple[Tree, jax.Array, Tree]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Stack:
       room for skip the last.
   """
 
-  layer: Layer
+  layer: layer_gradient.Layer
   num_layers: tuple[int, ...]
 
 
@@ -261,138 +259,6 @@ def _names(spec: P) -> set[str]:
   return {name for part in parts for name in part}
 
 
-class _Tape:
-  """The `product` of a layer: records inputs, adds taps to outputs.
-
-  With y = function(x, w) + tap, the gradient of the tap is that of y, and
-  with x it gives the weight's: no second recomputation is needed for that.
-  """
-
-  def __init__(self, weights: Mapping[str, jax.Array], taps: Tree = None):
-    self._weights, self._taps = weights, taps
-    self.inputs, self.outputs, self.functions = {}, {}, {}
-
-  def __call__(self, path: str, function: Callable, x: Any) -> jax.Array:
-    if path not in self._weights:
-      raise ValueError(
-        f'product of {path!r}: no such parameter; there are '
-        f'{", ".join(self._weights)}'
-      )
-    if path in self.inputs:
-      raise ValueError(f'product of {path!r}: used twice in one layer')
-    # Remat: what is kept for its transpose is the weight, not a cast of it.
-    y = jax.checkpoint(function, prevent_cse=False)(x, self._weights[path])
-    self.inputs[path], self.functions[path] = x, function
-    self.outputs[path] = y
-    return y if self._taps is None else y + self._taps[path]
-
-
-def _named(tree: Tree) -> dict[str, jax.Array]:
-  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-  name = lambda path: jax.tree_util.keystr(path, simple=True, separator='/')
-  return {name(path): leaf for path, leaf in leaves}
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Arguments:
-  """Everything a layer reads that is not kept from forward to backward."""
-
-  params: Tree
-  frozen: Tree
-  context: Tree
-
-  @property
-  def leaves(self) -> list[jax.Array]:
-    return jax.tree.leaves((self.params, self.frozen, self.context))
-
-
-class _LayerGradient:
-  """The gradient of one kind of layer, in parts.
-
-  What is linear (`pull`) and the recorded inputs of the products can be
-  packed into a list of arrays, which leaves out the layer's arguments.
-  """
-
-  def __init__(self, layer: Layer, arguments: _Arguments, x: Tree):
-    self._layer = layer
-
-    def trace(a: _Arguments, x: Tree) -> Any:
-      tape = _Tape(_named(a.params))
-      out = layer(a.params, a.frozen, x, a.context, tape)
-      return *out, tape.inputs, tape.outputs
-
-    y, self.loss, self.metrics, self.inputs, self.taps = jax.eval_shape(
-      trace, arguments, x
-    )
-    if _shapes(y) != _shapes(x):
-      raise ValueError(f'a layer turns {_shapes(x)} into {_shapes(y)}')
-    self.packed = jax.eval_shape(
-      lambda a, x: self.pack(a, self.linearize(a, x)[1]), arguments, x
-    )
-
-  def run(self, arguments: _Arguments, x: Tree) -> tuple[Tree, Any, Tree]:
-    a, tape = arguments, _Tape(_named(arguments.params))
-    return self._layer(a.params, a.frozen, x, a.context, tape)
-
-  def linearize(self, arguments: _Arguments, x: Tree) -> Any:
-    """Returns (x, loss, metrics), (pull, inputs of the products)."""
-    named = _named(arguments.params)
-    treedef = jax.tree.structure(arguments.params)
-    rest = {n: w for n, w in named.items() if n not in self.taps}
-
-    def run(rest, x, taps):
-      weights = {n: rest.get(n, w) for n, w in named.items()}
-      tape = _Tape(weights, taps)
-      params = treedef.unflatten(weights.values())
-      y, loss, metrics = self._layer(
-        params, arguments.frozen, x, arguments.context, tape
-      )
-      self._functions = tape.functions
-      return (y, loss), (metrics, tape.inputs)
-
-    taps = jax.tree.map(lambda t: jnp.zeros(t.shape, t.dtype), self.taps)
-    (y, loss), pull, (metrics, inputs) = jax.vjp(
-      run, rest, x, taps, has_aux=True
-    )
-    return (y, loss, metrics), (pull, inputs)
-
-  def pack(self, arguments: _Arguments, residuals: Any) -> list[jax.Array]:
-    """The arrays of (pull, inputs), each once, without the arguments."""
-    leaves, self._treedef = jax.tree.flatten(residuals)
-    known = {id(x): ('argument', i) for i, x in enumerate(arguments.leaves)}
-    packed, self._origins = [], []
-    for leaf in leaves:
-      if id(leaf) not in known:
-        known[id(leaf)] = 'packed', len(packed)
-        packed.append(leaf)
-      self._origins.append(known[id(leaf)])
-    return packed
-
-  def unpack(self, arguments: _Arguments, packed: list[jax.Array]) -> Any:
-    """(pull, inputs), for the same layer and microbatch."""
-    source = {'argument': arguments.leaves, 'packed': packed}
-    leaves = [source[kind][i] for kind, i in self._origins]
-    return self._treedef.unflatten(leaves)
-
-  def pull(self, pull: Callable, g: Tree) -> tuple[Tree, Tree, Tree]:
-    """Gradients of the parameters used directly, of x, and of the products."""
-    return pull((g, jnp.ones(self.loss.shape, self.loss.dtype)))
-
-  def weight_gradients(
-    self, arguments: _Arguments, inputs: Tree, taps: Tree
-  ) -> dict[str, jax.Array]:
-    named, grads = _named(arguments.params), {}
-    for path, function in self._functions.items():
-      of_weight = lambda w, f=function, x=inputs[path]: f(x, w)
-      grads[path] = jax.vjp(of_weight, named[path])[1](taps[path])[0]
-    return grads
-
-
-def _shapes(tree: Tree) -> Any:
-  return jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)
-
-
 # False drops results; None is True, where nothing runs that is not due.
 Mask = jax.Array | None
 # The state of the scan: arrays by name. What layers have is flat, [slots ·
@@ -482,7 +348,7 @@ class _Run:
     for name, stack in self._functions.stacks.items():
       a = jax.eval_shape(lambda n=name: self._arguments(n, 0, None))
       a = dataclasses.replace(a, context=context)
-      self._layers[name] = _LayerGradient(stack.layer, a, self._x)
+      self._layers[name] = layer_gradient.LayerGradient(stack.layer, a, self._x)
 
   def _microbatch(self, index: Any) -> tuple[Tree, Tree]:
     """(batch, context)."""
@@ -491,11 +357,13 @@ class _Run:
     )
     return batch, self._functions.context(batch)
 
-  def _arguments(self, name: str, index: Any, context: Tree) -> _Arguments:
+  def _arguments(
+    self, name: str, index: Any, context: Tree
+  ) -> layer_gradient.Arguments:
     params, frozen = jax.tree.map(
       lambda x: _at(x, index), (self._params[name], self._frozen.get(name, {}))
     )
-    return _Arguments(params, frozen, context)
+    return layer_gradient.Arguments(params, frozen, context)
 
   def _kept(self, name: str) -> list[Any]:
     """Shapes of what each layer keeps from its forward to its backward."""
@@ -532,7 +400,9 @@ class _Run:
     }
     for name, layer in self._layers.items():
       size = self._size[name]
-      grads = _zeros_like_gradients(_named(self._params[name]))
+      grads = _zeros_like_gradients(
+        layer_gradient.named_leaves(self._params[name])
+      )
       is_product = lambda n, layer=layer: n in layer.taps
       state['weight_grads'][name] = {
         n: g for n, g in grads.items() if is_product(n)
@@ -880,7 +750,7 @@ class _Run:
 
   def _at_layer(
     self, name: str, run: _Pass, layer: jax.Array
-  ) -> tuple[Any, _Arguments, Any]:
+  ) -> tuple[Any, layer_gradient.Arguments, Any]:
     """(its index, what it reads, whether it is on: None outside masked)."""
     index = run.stream * self._size[name] + layer
     on = None
@@ -946,7 +816,7 @@ class _Run:
   def _add_weights(
     self,
     name: str,
-    a: _Arguments,
+    a: layer_gradient.Arguments,
     inputs: Tree,
     taps: Tree,
     index: jax.Array,
@@ -985,7 +855,7 @@ class _Run:
     for name in self._layers:
       named = state['weight_grads'][name] | state['rest_grads'][name]
       tree = jax.tree.structure(self._params[name]).unflatten(
-        named[n] for n in _named(self._params[name])
+        named[n] for n in layer_gradient.named_leaves(self._params[name])
       )
       grads['stacks'][name] = jax.tree.map(
         lambda x, spec, n=name: total(unstack(n, x), spec, batch_axes),

@@ -150,16 +150,7 @@ def one_f_one_b(num_ranks: int, num_microbatches: int) -> Schedule:
   Source: PipeDream-Flush, arXiv:2006.09503, §3.2.
   """
   _check_sizes('1F1B', num_ranks, num_microbatches)
-  lists = []
-  for r in range(num_ranks):
-    rank, warm_up = _Rank(), min(num_ranks - 1 - r, num_microbatches)
-    for i in range(num_microbatches + warm_up):
-      if i < num_microbatches:
-        rank.add('F')
-      if i >= warm_up:
-        rank.add('B')
-    lists.append(rank.ops)
-  return _one_stream('1f1b', num_microbatches, lists)
+  return _in_turn('1f1b', num_ranks, num_microbatches, split=False)
 
 
 def zb1p(num_ranks: int, num_microbatches: int) -> Schedule:
@@ -168,6 +159,12 @@ def zb1p(num_ranks: int, num_microbatches: int) -> Schedule:
   Source: ZB-H1, arXiv:2401.10241, §2.2.
   """
   _check_sizes('ZB1P', num_ranks, num_microbatches)
+  return _in_turn('zb1p', num_ranks, num_microbatches, split=True)
+
+
+def _in_turn(
+  name: str, num_ranks: int, num_microbatches: int, *, split: bool
+) -> Schedule:
   lists = []
   for r in range(num_ranks):
     rank, warm_up = _Rank(), min(num_ranks - 1 - r, num_microbatches)
@@ -175,13 +172,13 @@ def zb1p(num_ranks: int, num_microbatches: int) -> Schedule:
       if i < num_microbatches:
         rank.add('F')
       if i >= warm_up:
-        rank.add('I')
+        rank.add('I' if split else 'B')
         if len(rank.put_off) > r:
           rank.add('W')
     while rank.put_off:
       rank.add('W')
     lists.append(rank.ops)
-  return _one_stream('zb1p', num_microbatches, lists)
+  return _one_stream(name, num_microbatches, lists)
 
 
 def dualpipe(num_ranks: int, num_microbatches: int) -> Schedule:

@@ -26,8 +26,6 @@ from r1jax.losses import token
 
 # Mesh axes that together shard the rows of a batch.
 BATCH_AXES = ('data', 'fsdp', 'expert')
-# Mesh axes along which parameters are gathered before they are used.
-GATHERED_AXES = ('fsdp',)
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
   # Weights.
@@ -41,8 +39,6 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   'latent': None,
   'rank': 'fsdp',  # A latent that a matrix is applied to.
   'layers': None,
-  # Rows of a batch.
-  'batch': BATCH_AXES,
 }
 
 
@@ -104,7 +100,7 @@ def gather(
   dtype = x.dtype if dtype is None else jnp.dtype(dtype)
   spec = to_spec(axes)
   for i, (local, whole) in enumerate(zip(x.shape, shape, strict=True)):
-    if local != whole and spec[i] in GATHERED_AXES:
+    if local != whole and spec[i] == 'fsdp':
       x = _gather_axis(x, spec[i], i, dtype)
   return x.astype(dtype)
 

@@ -239,11 +239,11 @@ def abstract_variables(
   model: model_config.ModelConfig, mesh: jax.sharding.Mesh
 ) -> Any:
   """Shapes and shardings of a model's variables."""
-  boxed = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
+  boxed = transformer.abstract(model)
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     sharding.unbox(boxed),
-    transformer.shardings(model, mesh),
+    sharding.tree_shardings(mesh, boxed),
   )
 
 

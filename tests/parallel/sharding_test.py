@@ -36,7 +36,7 @@ def _boxed(config):
 
 def test_axes_map_to_mesh_axes():
   assert sharding.to_spec(('embed', None)) == P('fsdp', None)
-  assert sharding.to_spec(('batch', None)) == P(sharding.BATCH_AXES, None)
+  assert sharding.to_spec((None, 'head_vocab')) == P(None, ('fsdp', 'tensor'))
 
 
 def test_two_axes_on_one_mesh_axis_raise():
@@ -45,7 +45,7 @@ def test_two_axes_on_one_mesh_axis_raise():
     sharding.to_spec(('heads', 'mlp'))
   # Inside a tuple of mesh axes as well.
   with pytest.raises(ValueError, match="both map to mesh axis 'fsdp'"):
-    sharding.to_spec(('batch', 'embed'))
+    sharding.to_spec(('head_vocab', 'embed'))
 
 
 def test_unknown_axis_raises():
