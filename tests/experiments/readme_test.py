@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 
 from r1jax.interop import export
-from r1jax.model import config as model_config
 from r1jax.model import transformer
 from tests.data import tiny_tokenizer
-from tests.recipe import micro
+from tests.recipe import foreign, micro
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 # What makes them fit a tiny model and a test's patience.
@@ -72,23 +71,7 @@ def _write_lines(path, rows):
 @pytest.fixture
 def place(tmp_path):
   """A Qwen3, its logits, questions (5 to test, one too long) and chats."""
-  attention = model_config.GqaConfig(
-    num_heads=2,
-    num_kv_heads=2,
-    head_dim=16,
-    rope=model_config.RopeConfig(theta=1e6, interleaved=False),
-    qk_norm=True,
-  )
-  model = micro.model(
-    attention=attention,
-    moe=None,
-    num_layers=2,
-    num_dense_layers=2,
-    mtp_depth=0,
-    vocab_size=320,
-    max_length=1024,
-    tie_embeddings=True,
-  )
+  model = foreign.model('qwen3', max_length=1024)
   variables = micro.variables(model)
   export.save(tmp_path / 'qwen', model, variables, dtype='float32')
   tiny_tokenizer.write_qwen(tmp_path / 'qwen')

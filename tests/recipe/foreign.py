@@ -14,11 +14,11 @@ _WRITERS = {
 }
 
 
-def model(kind: str) -> model_config.ModelConfig:
+def model(kind: str, **changes) -> model_config.ModelConfig:
   """A tiny model with a row for each id of its tokenizer."""
   config = micro.model(mtp_depth=0, vocab_size=320, max_length=128)
   if kind == 'deepseek':
-    return config
+    return dataclasses.replace(config, **changes)
   attention = model_config.GqaConfig(
     num_heads=2,
     num_kv_heads=1,
@@ -26,13 +26,13 @@ def model(kind: str) -> model_config.ModelConfig:
     rope=model_config.RopeConfig(theta=1e6, interleaved=False),
     qk_norm=True,
   )
-  return dataclasses.replace(
-    config,
-    attention=attention,
-    moe=None,
-    num_dense_layers=2,
-    tie_embeddings=True,
-  )
+  qwen = {
+    'attention': attention,
+    'moe': None,
+    'num_dense_layers': 2,
+    'tie_embeddings': True,
+  }
+  return dataclasses.replace(config, **(qwen | changes))
 
 
 def write(path: pathlib.Path, kind: str) -> str:

@@ -13,25 +13,12 @@ from r1jax.model import config as model_config
 from r1jax.recipe import origin, sft, tokenizer_files
 from tests import quick
 from tests.data import tiny_tokenizer
-from tests.recipe import micro
+from tests.recipe import foreign, micro
 
 
 def _qwen() -> model_config.ModelConfig:
-  attention = model_config.GqaConfig(
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=16,
-    rope=model_config.RopeConfig(theta=1e6, interleaved=False),
-    qk_norm=True,
-  )
-  return micro.model(
-    attention=attention,
-    moe=None,
-    num_layers=1,
-    num_dense_layers=1,
-    mtp_depth=0,
-    vocab_size=320,
-    max_length=128,
+  return foreign.model(
+    'qwen3', num_layers=1, num_dense_layers=1, tie_embeddings=False
   )
 
 
