@@ -288,7 +288,12 @@ def run(
       hooks = []
       last = train.num_steps
       if evaluate is not None:
-        hooks.append(loop.Every(train.eval_every, evaluate_and_write, last))
+        evaluation = loop.Every(train.eval_every, evaluate_and_write, last)
+        hooks.append(evaluation)
+        if step > 0 and evaluation.due(step):
+          # A SIGTERM left no time for it.
+          if not sharding.first_says(writer.has(step, 'eval/')):
+            evaluation(step, state)
       if stage.profile_steps:
         hooks += profile_hooks(stage.workdir, step, last, stage.profile_steps)
       hooks.append(loop.Every(train.checkpoint_every, save, last))

@@ -98,7 +98,7 @@ def fit(
 
   Each step is reported once, after the next one was dispatched. Hooks run in
   order: put the save last, so that what the others wrote belongs to it. After
-  a SIGTERM the step is finished and saved.
+  a SIGTERM the step is finished and saved, and no other hook is called.
 
   Args:
     state: Where to start; given away to the jitted, donating `train_step`.

@@ -67,6 +67,13 @@ class MetricWriter:
     for name, value in scalars.items():
       self._board.add_scalar(name, value, step)
 
+  def has(self, step: int, prefix: str) -> bool:
+    """Says whether a metric so named was written for a step; the writer's."""
+    return self._is_writer and any(
+      record['step'] == step and any(k.startswith(prefix) for k in record)
+      for record in map(json.loads, self._lines)
+    )
+
   def checkpoint(self) -> None:
     """Rewrites metrics.jsonl whole; call it before a save of the same step."""
     if not self._is_writer:

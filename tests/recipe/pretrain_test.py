@@ -4,7 +4,9 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
 import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,7 @@ from r1jax.model import router, transformer
 from r1jax.parallel import mesh as mesh_lib
 from r1jax.recipe import origin, pretrain
 from r1jax.recipe import stage as stage_lib
-from r1jax.train import metrics, optimizer
+from r1jax.train import interrupt, metrics, optimizer
 from r1jax.train import state as state_lib
 from r1jax.train import step as step_lib
 from tests import quick
@@ -310,6 +312,33 @@ def test_a_run_killed_before_its_summary_still_gets_one(
   _run(tmp_path / 'run', micro.one_device())
   kept = json.loads((tmp_path / 'run' / 'summary.json').read_text())
   assert kept['num_steps'] == 3
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_a_sigterm_left_out_is_made_up_for(
+  one_device_run, tmp_path, monkeypatch
+):
+  workdir, state = tmp_path / 'run', one_device_run[1]
+  write = metrics.MetricWriter.write
+
+  def write_and_terminate(self, step, values):
+    write(self, step, values)
+    if step == 1:  # Step 2, with its evaluation, runs already.
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(metrics.MetricWriter, 'write', write_and_terminate)
+    with pytest.raises(interrupt.Preempted, match='after step 2'):
+      _run(workdir, micro.one_device(), train__eval_every=2)
+  evaluated = lambda: [
+    r['step'] for r in metrics.read(workdir) if 'eval/loss' in r
+  ]
+  assert evaluated() == []
+  last = _run(workdir, micro.one_device(), train__eval_every=2)
+  assert evaluated() == [2, 3]
+  jax.tree.map(np.testing.assert_array_equal, last.variables, state.variables)
+  _run(workdir, micro.one_device(), train__eval_every=1)  # Nothing is left.
+  assert evaluated() == [2, 3]
 
 
 @pytest.mark.parametrize(
