@@ -7,6 +7,16 @@ PEERS_PYTHON ?= python3
 SEED ?= 0
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
+FAST := not slow and not tpu and not tpu_smoke
+SLOW := slow and not tpu and not tpu_smoke
+# Two folders of tests run at a time, those that take longest first.
+LONGEST := recipe experiments parallel model
+FOLDERS := $(LONGEST) $(filter-out $(LONGEST) __pycache__, \
+  $(notdir $(patsubst %/,%,$(wildcard tests/*/)))) top
+# Each folder's output in one piece, where make can (4.0).
+TESTS = @$(MAKE) --no-print-directory -k -j2 \
+  $(if $(filter output-sync,$(.FEATURES)),-O) \
+  $(addprefix tests-in-,$(FOLDERS)) TIER='$(1)'
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 RUFF_PATHS := $(wildcard configs experiments pallas_kernels r1jax tests)
 
@@ -31,13 +41,19 @@ bench: .venv/.installed
 	  --peers_python=$(PEERS_PYTHON))
 
 test: .venv/.installed
-	$(PYTEST) -q -m 'not slow and not tpu and not tpu_smoke'
+	$(call TESTS,$(FAST))
 
 test-slow: .venv/.installed
-	$(PYTEST) -q -m 'slow and not tpu and not tpu_smoke'
+	$(call TESTS,$(SLOW))
 
 test-all: .venv/.installed
-	$(PYTEST) -q -m 'not tpu and not tpu_smoke'
+	$(call TESTS,not tpu and not tpu_smoke)
+
+# pytest's exit status 5, nothing to run here, is no failure.
+tests-in-%:
+	@echo "$(if $(filter top,$*),tests,tests/$*):"
+	@$(PYTEST) -q -m '$(TIER)' $(if $(filter top,$*),$(wildcard \
+	  tests/*_test.py),tests/$*) || test $$? = 5
 
 test-tpu: .venv/.installed-tpu
 	$(PYTEST) -q -m 'tpu or tpu_smoke'

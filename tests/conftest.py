@@ -3,6 +3,8 @@
 import os
 import pathlib
 
+from tests import quick
+
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 _CACHE = _ROOT / '.cache'
 _MAX_SECONDS = 10.0
@@ -15,6 +17,7 @@ os.environ['XLA_FLAGS'] = ' '.join(
     '--xla_force_host_platform_device_count=8',
     # 8 devices on few cores: a collective may wait long for its last thread.
     '--xla_cpu_collective_call_terminate_timeout_seconds=600',
+    quick.XLA_FLAGS,
   ]
 ).strip()
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_CACHE / 'jax'))

@@ -1,13 +1,9 @@
-"""jax.jit for tests: XLA compiles five times faster, to slower code."""
+"""XLA compiles several times faster, to slower code.
 
-import functools
+Set by conftest.py for this process and the programs that it starts.
+"""
 
-import jax
-
-OPTIONS = {
-  'xla_backend_optimization_level': 0,
-  'xla_cpu_use_fusion_emitters': False,
-  'xla_llvm_disable_expensive_passes': True,
-}
-
-jit = functools.partial(jax.jit, compiler_options=OPTIONS)
+XLA_FLAGS = (
+  '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false '
+  '--xla_llvm_disable_expensive_passes=true'
+)

@@ -352,6 +352,7 @@ def test_a_share_too_small_is_refused_with_one_that_is_not(tmp_path):
     make(0.999999, one, 'train')
 
 
+@pytest.mark.slow
 def test_gsm8k_is_learnt_by_its_answers(shared_data, tmp_path):
   path = shared_data / 'gsm8k' / 'train.jsonl'
   with open(path, encoding='utf-8') as f:

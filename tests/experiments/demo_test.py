@@ -16,7 +16,6 @@ from r1jax import config as config_lib
 from r1jax.recipe import demo, evaluation, grpo, reporting, stopwatch
 from r1jax.recipe import stage as stage_lib
 from r1jax.train import metrics
-from tests import quick
 from tests.experiments import micro
 from tests.recipe import micro as recipe_micro
 
@@ -66,7 +65,7 @@ class _Page(html.parser.HTMLParser):
 
 @pytest.mark.slow
 def test_demo_interrupted_resumed_and_run_again(tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(jax, 'jit', quick.jit)
+  monkeypatch.setattr(jax, 'jit', jax.jit)
   mesh = recipe_micro.one_device()
   monkeypatch.setattr(stage_lib, 'make_mesh', lambda config: mesh)
   with monkeypatch.context() as patch:

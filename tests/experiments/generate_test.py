@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 import rich.console
@@ -16,7 +17,6 @@ from r1jax.data import hf_tokenizer
 from r1jax.evaluate import transcript
 from r1jax.interop import huggingface
 from r1jax.model import transformer
-from tests import quick
 from tests.experiments import policy_workdir
 from tests.recipe import foreign
 
@@ -86,7 +86,7 @@ def _greedy(folder, prompt_ids, stop_ids):
   """The likeliest completion, by whole forward passes."""
   config, variables = huggingface.load(folder)
 
-  @quick.jit
+  @jax.jit
   def best(tokens_BT):
     logits_BTV = transformer.Transformer(config).apply(
       variables, tokens_BT, method='logits'

@@ -11,15 +11,12 @@ import time
 import pytest
 
 from r1jax.train import metrics
+from tests import quick
 from tests.experiments import policy_workdir
 
 pytestmark = pytest.mark.slow
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
-_XLA_FLAGS = (
-  '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false '
-  '--xla_llvm_disable_expensive_passes=true'
-)
 _BASE = ('base', ('train.checkpoint_every=10', 'train.num_steps=60'))
 _MINIBATCHES = 2
 # The save at step 25 comes after the first of two minibatches of a rollout.
@@ -39,7 +36,7 @@ def _start(stage, workdir, changes):
       *(f'--config.{change}' for change in changes),
     ],
     cwd=_ROOT,
-    env={**os.environ, 'XLA_FLAGS': _XLA_FLAGS},
+    env={**os.environ, 'XLA_FLAGS': quick.XLA_FLAGS},
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,

@@ -16,7 +16,6 @@ from r1jax.interop import export
 from r1jax.recipe import demo, evaluation, grpo, pretrain
 from r1jax.recipe import stage as stage_lib
 from r1jax.train import loop, metrics
-from tests import quick
 from tests.experiments import micro
 from tests.recipe import micro as recipe_micro
 
@@ -283,7 +282,7 @@ def test_programs_say_it_in_one_line(base, name, arguments, message):
 def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(
   tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(jax, 'jit', quick.jit)
+  monkeypatch.setattr(jax, 'jit', jax.jit)
   mesh = recipe_micro.one_device()
   monkeypatch.setattr(stage_lib, 'make_mesh', lambda config: mesh)
   config = _load(

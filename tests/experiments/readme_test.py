@@ -13,6 +13,7 @@ import pytest
 
 from r1jax.interop import export
 from r1jax.model import transformer
+from tests import quick
 from tests.data import tiny_tokenizer
 from tests.recipe import foreign, micro
 
@@ -113,7 +114,11 @@ def test_the_commands_run_in_turn_on_a_qwen(place):
       + arguments
       + _SIZES.get(program, []),
       cwd=place,
-      env={**os.environ, 'PYTHONPATH': str(_ROOT), 'XLA_FLAGS': ''},
+      env={
+        **os.environ,
+        'PYTHONPATH': str(_ROOT),
+        'XLA_FLAGS': quick.XLA_FLAGS,
+      },
       capture_output=True,
       text=True,
       timeout=300,

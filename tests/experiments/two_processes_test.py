@@ -11,15 +11,12 @@ import time
 import pytest
 
 from r1jax.train import metrics
+from tests import quick
 
 pytestmark = pytest.mark.slow
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _NUM_STEPS = 40
-_XLA_FLAGS = (
-  '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false '
-  '--xla_llvm_disable_expensive_passes=true'
-)
 
 
 def _free_port():
@@ -55,7 +52,7 @@ def _start(workdir, num_processes):
       subprocess.Popen(
         [*common, *(more if num_processes > 1 else ())],
         cwd=_ROOT,
-        env={**os.environ, 'XLA_FLAGS': _XLA_FLAGS},
+        env={**os.environ, 'XLA_FLAGS': quick.XLA_FLAGS},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -20,7 +20,7 @@ from r1jax.model import transformer
 from r1jax.parallel import mesh as mesh_lib
 from r1jax.parallel import sharding
 from r1jax.recipe import convert
-from tests import known_answers, quick
+from tests import known_answers
 from tests.model import tiny
 from tests.model.families_test import MODELS
 
@@ -350,7 +350,7 @@ def test_a_warm_up_begins_with_the_models_own_logits():
   config, variables, _ = _drawn()
   io = np.load(_FOLDER / 'deepseek_v3' / 'io.npz')
 
-  @quick.jit
+  @jax.jit
   def logits(variables, tokens_BT):
     with jax.default_matmul_precision('highest'):
       return transformer.Transformer(config).apply(

@@ -16,7 +16,6 @@ import pytest
 
 from r1jax.interop import export, huggingface
 from r1jax.model import transformer
-from tests import quick
 
 _PYTHON = os.environ.get('R1JAX_TRANSFORMERS_PYTHON')
 _COUNT = os.environ.get('R1JAX_RANDOM_SHAPES', '4')
@@ -47,7 +46,7 @@ def test_random_shapes_are_loaded_agree_and_are_written_again(tmp_path):
     io = np.load(folder / 'io.npz')
     config, variables = huggingface.load(folder)
 
-    @quick.jit
+    @jax.jit
     def logits(variables, tokens_BT, config=config):
       with jax.default_matmul_precision('highest'):
         return transformer.Transformer(config).apply(

@@ -19,7 +19,7 @@ import pytest
 from r1jax.interop import export, huggingface
 from r1jax.model import config as model_config
 from r1jax.model import transformer
-from tests import known_answers, quick
+from tests import known_answers
 from tests.model import tiny
 from tests.model.families_test import MODELS
 
@@ -152,7 +152,7 @@ def _models():
     yield name, config, tiny.variables(config), tokens_BT
 
 
-@functools.partial(quick.jit, static_argnames=('config',))
+@functools.partial(jax.jit, static_argnames=('config',))
 def _logits(config, variables, tokens_BT):
   with jax.default_matmul_precision('highest'):
     return transformer.Transformer(config).apply(

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from r1jax.losses import token
-from tests import quick
 
 _B, _T, _D, _V = 2, 5, 6, 11
 
@@ -30,7 +29,7 @@ def _oracle(temperature):
   return taken_BT, -(np.exp(logp_BTV) * logp_BTV).sum(-1)
 
 
-@functools.partial(quick.jit, static_argnames=('temperature', 'chunk'))
+@functools.partial(jax.jit, static_argnames=('temperature', 'chunk'))
 def _score(hidden_BTD, head_DV, targets_BT, pull_BT, *, temperature, chunk):
   """logp, entropy, and the gradients of Σ pull · (logp + entropy)."""
 
@@ -104,7 +103,7 @@ def test_bfloat16_hidden_states_give_float32_log_probabilities():
 
 def test_next_token_logp_stands_at_the_predicted_token():
   hidden_BTD, head_DV, tokens_BT = _inputs()
-  logp_BT, entropy_BT = quick.jit(
+  logp_BT, entropy_BT = jax.jit(
     lambda hidden_BTD: token.next_token_logp(
       hidden_BTD, token.Head(head_DV), tokens_BT
     )
@@ -138,7 +137,7 @@ def test_mtp_mask_by_loops(depth):
   segment_BT = np.array([[1, 1, 1, 1, 2, 2, 2, 0], [1, 2, 2, 2, 2, 3, 3, 3]])
   # Two first tokens are weighed, to tell documents by segment alone.
   mask_BT = np.float32([[0, 1, 1, 1, 1, 1, 1, 0], [0, 0, 1, 0, 1, 1, 1, 1]])
-  actual_BT = quick.jit(token.mtp_mask, static_argnums=2)(
+  actual_BT = jax.jit(token.mtp_mask, static_argnums=2)(
     mask_BT, segment_BT, depth
   )
   for b in range(2):

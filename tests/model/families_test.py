@@ -14,7 +14,7 @@ from r1jax.interop import huggingface
 from r1jax.model import config as model_config
 from r1jax.model import transformer
 from r1jax.parallel import sharding
-from tests import known_answers, quick
+from tests import known_answers
 
 # transformers' own prefill and decode differ by 6e-6 (float32, logits to 3.5).
 _ATOL = 2e-5
@@ -64,7 +64,7 @@ def _load(name):
   return *huggingface.load(folder), {k: io[k] for k in io}
 
 
-@functools.partial(quick.jit, static_argnames=('config', 'decode'))
+@functools.partial(jax.jit, static_argnames=('config', 'decode'))
 def _logits(config, variables, tokens_BT, position_BT, cache, decode=False):
   """Float32 logits, and the cache after the tokens."""
   with jax.default_matmul_precision('highest'):
@@ -85,7 +85,7 @@ def _positions(start, end):
 def test_logits_are_those_of_transformers(name):
   config, variables, io = _load(name)
 
-  @quick.jit
+  @jax.jit
   def logits(variables, tokens_BT):
     with jax.default_matmul_precision('highest'):
       model = transformer.Transformer(config)

@@ -12,7 +12,6 @@ from r1jax.model import config as model_config
 from r1jax.model import transformer
 from r1jax.parallel import mesh as mesh_lib
 from r1jax.parallel import sharding
-from tests import quick
 from tests.model import tiny
 
 _B, _T = 2, 12
@@ -93,7 +92,7 @@ def test_devices_with_a_part_of_each_row_give_the_same(kind):
     run, mesh, ('whole', 'rows', 'rows', 'rows'), 'rows'
   )
   variables = tiny.variables(c)
-  hidden_BTD = quick.jit(program)(variables, tokens_BT, segment_BT, position_BT)
+  hidden_BTD = jax.jit(program)(variables, tokens_BT, segment_BT, position_BT)
   expected_BTD = tiny.apply(
     c, variables, tokens_BT, segment_BT, position_BT
   ).hidden_BTD

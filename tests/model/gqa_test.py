@@ -1,9 +1,9 @@
 """Grouped-query attention by numpy loops."""
 
+import jax
 import numpy as np
 
 from r1jax.model import gqa
-from tests import quick
 
 
 def test_each_group_of_heads_has_its_own_keys_and_values():
@@ -13,7 +13,7 @@ def test_each_group_of_heads_has_its_own_keys_and_values():
   q_BTHQ, k_BSGQ, v_BSGQ = draw(1, T, H, Q), draw(1, S, G, Q), draw(1, S, G, Q)
   mask_BTS = rng.random((1, T, S)) < 0.6
   mask_BTS[..., 0] = True
-  out_BTHQ = quick.jit(lambda *xs: gqa.grouped(*xs, scale=scale))(
+  out_BTHQ = jax.jit(lambda *xs: gqa.grouped(*xs, scale=scale))(
     q_BTHQ, k_BSGQ, v_BSGQ, mask_BTS
   )
   for t in range(T):

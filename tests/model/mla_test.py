@@ -1,9 +1,9 @@
 """Attention by numpy loops: the mask, the expanded and the absorbed core."""
 
+import jax
 import numpy as np
 
 from r1jax.model import attention, mla
-from tests import quick
 
 
 def _softmax(x):
@@ -47,7 +47,7 @@ def test_expanded_and_absorbed_cores_are_the_loop():
   )
   v_BSHU = np.einsum('BSC,CHU->BSHU', latent, v_up)
   q_BTHQ = np.concatenate([q_nope, q_rope], axis=-1)
-  expanded = quick.jit(
+  expanded = jax.jit(
     lambda q, k, v, mask: attention.attend(
       mla.scores(q, k, scale=scale), mask, v, 'BHTS,BSHU->BTHU'
     )
@@ -56,7 +56,7 @@ def test_expanded_and_absorbed_cores_are_the_loop():
     [np.einsum('BTHN,CHN->BTHC', q_nope, k_up), q_rope], axis=-1
   )
   cache_BSC = np.concatenate([latent, k_rope], axis=-1)
-  o_BTHC = quick.jit(lambda *xs: mla.absorbed(*xs, scale=scale))(
+  o_BTHC = jax.jit(lambda *xs: mla.absorbed(*xs, scale=scale))(
     q_BTHC, cache_BSC, mask_BTS
   )
   absorbed = np.einsum('BTHC,CHU->BTHU', o_BTHC[..., :C], v_up)

@@ -10,7 +10,6 @@ import pytest
 
 from r1jax.model import config as model_config
 from r1jax.model import moe, router
-from tests import quick
 from tests.model import tiny
 
 _CONFIG = tiny.config().moe
@@ -60,7 +59,7 @@ def _by_layer(config, params, bias_E, x_BTD):
 def _value_and_gradients(function):
   """A program of (params, bias, x, target): output and gradients."""
 
-  @quick.jit
+  @jax.jit
   def run(params, bias_E, x_BTD, target_BTD):
     def objective(params, bias_E, x_BTD):
       out_BTD = function(_CONFIG, params, bias_E, x_BTD)
@@ -99,7 +98,7 @@ def test_padding_is_not_counted():
   x_BTD = jax.random.normal(jax.random.key(0), (2, 13, _D))
   keep_BT = jnp.arange(13)[None] < jnp.asarray([[13], [4]])
   variables = {'params': params, 'router': {'bias': jnp.zeros(8)}}
-  run = quick.jit(_layer(config).apply)
+  run = jax.jit(_layer(config).apply)
   _, metrics = run(variables, x_BTD, keep_BT)
   assert float(metrics.counts_E.sum()) == (13 + 4) * config.top_k
   other_BTD = jnp.where(keep_BT[..., None], x_BTD, 7.0)
@@ -137,7 +136,7 @@ def test_work_grows_with_routed_tokens_not_with_experts(implementation):
     'router': {'bias': shape(E)},
   }
   keep_BT = jax.ShapeDtypeStruct((1, T), bool)
-  layer = quick.jit(_layer(config).apply)
+  layer = jax.jit(_layer(config).apply)
   compiled = layer.lower(variables, shape(1, T, D), keep_BT).compile()
   ideal = 6 * T * K * D * F + 2 * T * D * E
   assert ideal <= compiled.cost_analysis()['flops'] <= 1.3 * ideal

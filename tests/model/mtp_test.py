@@ -10,7 +10,6 @@ import pytest
 
 from r1jax.losses import token
 from r1jax.model import transformer
-from tests import quick
 from tests.model import tiny
 
 _B, _T, _M = 2, 10, 2
@@ -22,7 +21,7 @@ def _tokens():
   return order.reshape(_B, _T).astype(np.int32)
 
 
-@functools.partial(quick.jit, static_argnames=('config',))
+@functools.partial(jax.jit, static_argnames=('config',))
 def _drafts(config, variables, tokens_BT, segment_BT, position_BT, mask_MBT):
   """Drafts' log-probabilities, hidden states, and gradients of Σ mask · logp.
 

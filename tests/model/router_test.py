@@ -9,11 +9,11 @@ import pytest
 
 from r1jax.model import config as model_config
 from r1jax.model import router, transformer
-from tests import known_answers, quick
+from tests import known_answers
 
-_route = quick.jit(router.route, static_argnames='config')
-_scores = quick.jit(router.scores, static_argnames='kind')
-_balance = quick.jit(router.sequence_balance, static_argnames='top_k')
+_route = jax.jit(router.route, static_argnames='config')
+_scores = jax.jit(router.scores, static_argnames='kind')
+_balance = jax.jit(router.sequence_balance, static_argnames='top_k')
 
 
 def _config(**changes):
@@ -89,7 +89,7 @@ def test_softmax_scores_sum_to_one():
 
 
 def test_bias_has_no_gradient():
-  @quick.jit
+  @jax.jit
   def gradients(bias_E, score_TE):
     def total(bias_E, score_TE):
       _, weight_TK = router.route(score_TE, bias_E, config=_config())
@@ -169,7 +169,7 @@ def test_update_router_gives_each_layer_its_own_counts(names):
     rows += [name] * stacked.get(name, 1)
   # Layer l overloads its expert l and no other.
   counts_LE = np.eye(len(rows), E, dtype=np.float32)
-  update = quick.jit(functools.partial(transformer.update_router, speed=0.5))
+  update = jax.jit(functools.partial(transformer.update_router, speed=0.5))
   updated = update(router_tree, counts_LE)
   actual_LE = np.concatenate(
     [np.reshape(jax.tree.leaves(updated[name])[0], (-1, E)) for name in names]

@@ -10,7 +10,7 @@ import pytest
 
 from r1jax.model import attention, sparse, transformer
 from r1jax.model import config as model_config
-from tests import known_answers, quick
+from tests import known_answers
 from tests.model import tiny
 
 # Many heads: with few, scores tie at exactly 0 and the choice is arbitrary.
@@ -65,11 +65,18 @@ def _tokens(B=2, T=12):
   return tokens_BT, np.ones((B, T), np.int32), position_BT
 
 
-@functools.partial(quick.jit, static_argnames=('config',))
-def _learn(config, variables, tokens_BT, segment_BT, position_BT):
-  """The indexers' loss and a stand-in for the model's, with gradients."""
+def _learn(config, variables, *tokens):
+  """Gradients of a stand-in for the model's loss, then of the indexers'."""
+  of_model, _ = _gradient(config, variables, (1.0, 0.0), *tokens)
+  of_indexer, loss = _gradient(config, variables, (0.0, 1.0), *tokens)
+  return of_model, of_indexer, loss
 
-  def objective(params, weight):
+
+@functools.partial(jax.jit, static_argnames=('config',))
+def _gradient(config, variables, weight, tokens_BT, segment_BT, position_BT):
+  """Of both losses' weighted sum; and the indexers' loss."""
+
+  def objective(params):
     out = transformer.Transformer(config).apply(
       variables | {'params': params},
       tokens_BT,
@@ -78,19 +85,15 @@ def _learn(config, variables, tokens_BT, segment_BT, position_BT):
       indexer_loss=True,
     )
     model, indexer = jnp.sum(out.hidden_BTD**2), jnp.sum(out.indexer_LBT)
-    return weight[0] * model + weight[1] * indexer, (model, indexer)
+    return weight[0] * model + weight[1] * indexer, indexer
 
-  grad = jax.grad(objective, has_aux=True)
-  params = variables['params']
-  of_model, losses = grad(params, (1.0, 0.0))
-  of_indexer, _ = grad(params, (0.0, 1.0))
-  return of_model, of_indexer, losses
+  return jax.grad(objective, has_aux=True)(variables['params'])
 
 
 @pytest.mark.parametrize('dense', [False, True])
 def test_indexers_learn_from_their_loss_and_nothing_else_does(dense):
   config = _config(dense=dense)
-  of_model, of_indexer, (_, loss) = _learn(
+  of_model, of_indexer, loss = _learn(
     config, tiny.variables(config), *_tokens()
   )
   assert float(loss) > 0.1
@@ -252,7 +255,7 @@ def test_the_indexer_loss_is_the_papers_sum(dense):
   np.testing.assert_allclose(actual_BT, expected_BT, rtol=0, atol=2e-5)
 
 
-@functools.partial(quick.jit, static_argnames=('config',))
+@functools.partial(jax.jit, static_argnames=('config',))
 def _indexer_loss(config, variables, tokens_BT, segment_BT, position_BT):
   with jax.default_matmul_precision('highest'):
     return (

@@ -10,7 +10,6 @@ import numpy as np
 from r1jax.model import config as model_config
 from r1jax.model import transformer
 from r1jax.parallel import sharding
-from tests import quick
 
 V = 64
 
@@ -66,7 +65,7 @@ def variables(config: model_config.ModelConfig, seed: int = 0):
   return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-@functools.partial(quick.jit, static_argnames=('config', 'decode', 'mtp'))
+@functools.partial(jax.jit, static_argnames=('config', 'decode', 'mtp'))
 def apply(
   config,
   variables,
@@ -88,7 +87,7 @@ def apply(
   )
 
 
-@functools.partial(quick.jit, static_argnames=('config',))
+@functools.partial(jax.jit, static_argnames=('config',))
 def pull(config, variables, tokens_BT, segment_BT, position_BT, target_BTD):
   """Hidden states and the gradient of Σ target · hidden by all variables."""
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from pallas_kernels.flash_attention import ops
-from tests import quick
 
 # (queries, keys, first query, heads, heads of keys, width, width of values)
 SHAPES = (
@@ -37,7 +36,7 @@ def _inputs(T, S, first, H, G, Q, U):
 
 
 @functools.partial(
-  quick.jit, static_argnames=('scale', 'implementation', 'block', 'interpret')
+  jax.jit, static_argnames=('scale', 'implementation', 'block', 'interpret')
 )
 def _with_gradients(args, where, pull_BTHU, **options):
   def run(q, k, v):

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from pallas_kernels.grouped_matmul import megablox, ops
-from tests import quick
 
 # (k, n, rows, rows a block, blocks of each group)
 SHAPES = (
@@ -22,7 +21,7 @@ SHAPES = (
 
 
 @functools.partial(
-  quick.jit, static_argnames=('block', 'implementation', 'interpret')
+  jax.jit, static_argnames=('block', 'implementation', 'interpret')
 )
 def _with_gradients(x_mk, w_gkn, size_g, pull_mn, **options):
   def run(x_mk, w_gkn):

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from pallas_kernels.routed_swiglu import layout as layout_lib
 from pallas_kernels.routed_swiglu import ops
-from tests import quick
 
 _E, _D, _F = 8, 6, 4
 
@@ -41,7 +40,7 @@ def _inputs(T, K, skew):
   return expert_TK, (draw(T, _D), draw(T, K), *weights), draw(T, _D)
 
 
-@functools.partial(quick.jit, static_argnames=('block', 'implementation'))
+@functools.partial(jax.jit, static_argnames=('block', 'implementation'))
 def _with_gradients(expert_TK, args, pull_TD, **options):
   def run(x_TD, weight_TK, *weights):
     return ops.routed_swiglu(
@@ -120,8 +119,8 @@ def test_what_does_not_fit_raises(options, message):
     ops.routed_swiglu(args[0], expert_TK, *args[1:], **options)
 
 
-_contiguous = quick.jit(layout_lib.contiguous, static_argnums=(1, 2))
-_head_and_tail = quick.jit(layout_lib.head_and_tail, static_argnums=(1, 2, 3))
+_contiguous = jax.jit(layout_lib.contiguous, static_argnums=(1, 2))
+_head_and_tail = jax.jit(layout_lib.head_and_tail, static_argnums=(1, 2, 3))
 
 # (tokens, choices, experts, rows a block): few, each compiles once.
 _SIZES = ((6, 2, 4, 3), (1, 1, 3, 4), (5, 3, 3, 1), (7, 1, 1, 4))
@@ -211,7 +210,7 @@ def test_dispatch_and_its_vjp_are_a_plain_gathers(kind):
   def plain(x_TD):
     return jnp.concatenate([x_TD, jnp.zeros((1, 5))])[layout.source_m]
 
-  @quick.jit
+  @jax.jit
   def both(x_TD):
     return [
       (out, vjp(pull_mD))
@@ -236,7 +235,7 @@ def test_combine_and_its_vjp_are_a_plain_weighted_gathers(kind):
     y_mD = jnp.concatenate([y_mD, jnp.zeros((1, 5))])
     return (y_mD[layout.slot_TK] * weight_TK[..., None]).sum(1)
 
-  @quick.jit
+  @jax.jit
   def both(y_mD, weight_TK):
     return [
       (out, vjp(pull_TD))

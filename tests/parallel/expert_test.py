@@ -13,7 +13,6 @@ from r1jax.model import config as model_config
 from r1jax.model import moe
 from r1jax.parallel import expert, sharding
 from r1jax.parallel import mesh as mesh_lib
-from tests import quick
 
 _R, _T, _D, _E, _F, _K = 4, 12, 6, 8, 5, 3  # T tokens a device.
 _CONFIG = model_config.MoeConfig(
@@ -71,7 +70,7 @@ def _programs(config):
     ('rows', 'rows', 'rows', over_experts, 'rows'),
     ('rows', 'rows', ('rows', 'rows', over_experts)),
   )
-  return quick.jit(run), quick.jit(shared)
+  return jax.jit(run), jax.jit(shared)
 
 
 @pytest.mark.parametrize('skew', ['even', 'skewed', 'one device', 'one expert'])
@@ -157,7 +156,7 @@ def test_enough_room_is_as_good_as_the_worst_case():
   np.testing.assert_allclose(roomy[0], worst[0], atol=1e-6)
 
 
-@functools.partial(quick.jit, static_argnames=('limits', 'num_local'))
+@functools.partial(jax.jit, static_argnames=('limits', 'num_local'))
 def _plans(expert_TK, limits, num_local):
   plan = lambda e: jax.tree.map(
     lambda x: x[None], expert.plan(e, num_local, limits)

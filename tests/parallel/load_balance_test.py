@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 
 from pallas_kernels.routed_swiglu import ops as routed_swiglu_ops
 from r1jax.parallel import load_balance
-from tests import known_answers, quick
+from tests import known_answers
 
 _VECTORS = json.loads((known_answers.DATA / 'eplb_vectors.json').read_text())
 # The replicas of an expert weigh the same, and torch's sort, which made the
 # vectors, keeps the order of equals up to 16 items only: here it swaps some.
 _SWAPPED = ('rand32_ep8', 'rand16_global')
 
-_spread = quick.jit(load_balance.spread)
-_routed_swiglu = quick.jit(
+_spread = jax.jit(load_balance.spread)
+_routed_swiglu = jax.jit(
   routed_swiglu_ops.routed_swiglu, static_argnames=('block', 'implementation')
 )
 
@@ -221,7 +221,7 @@ def test_tokens_take_the_replicas_of_their_experts_in_turn(seed, start):
 def test_padded_placements_share_a_program():
   traces = []
 
-  @quick.jit
+  @jax.jit
   def run(expert_TK, placement):
     traces.append(expert_TK.shape)
     return load_balance.spread(
@@ -271,7 +271,7 @@ def test_experts_and_their_replicas_compute_the_same():
   load_LE = rng.zipf(1.5, (L, E)).clip(1, 1000)
   placement = _placement(load_LE)
   logical = normal(L, E, D, F), normal(L, E, D, F), normal(L, E, F, D)
-  copy = quick.jit(load_balance.physical_weights)
+  copy = jax.jit(load_balance.physical_weights)
   physical = [copy(w, placement) for w in logical]
   x_TD = normal(T, D)
   for layer in range(L):

@@ -21,7 +21,6 @@ from r1jax.recipe import grpo, origin, rollouts, samples, tasks
 from r1jax.rl.reward import strings
 from r1jax.train import checkpoint, metrics, source_state, workdir
 from r1jax.train import state as state_lib
-from tests import quick
 from tests.recipe import micro
 
 
@@ -39,7 +38,7 @@ def _mesh() -> jax.sharding.Mesh:
 
 @functools.cache
 def _logp() -> Callable:
-  return quick.jit(rollouts.make_logp(micro.model(), _mesh(), temperature=1.0))
+  return jax.jit(rollouts.make_logp(micro.model(), _mesh(), temperature=1.0))
 
 
 class _Recorded:
@@ -133,8 +132,9 @@ def test_old_logp_is_the_trainers_on_ragged_rows():
   gap = np.abs(logp_BT - batch.old_logp_BT)[sampled_BT]
   assert gap.max() < 1e-5
   _, row = recorded.metrics[0]
-  np.testing.assert_allclose(row['rl/gap_max'], gap.max(), atol=1e-7)
-  np.testing.assert_allclose(row['rl/gap_mean'], gap.mean(), atol=1e-7)
+  # Two programs of the trainer's, each off by its own rounding.
+  np.testing.assert_allclose(row['rl/gap_max'], gap.max(), atol=2e-6)
+  np.testing.assert_allclose(row['rl/gap_mean'], gap.mean(), atol=2e-7)
   assert row['rl/gap_outside'] == 0
 
 
@@ -151,6 +151,10 @@ def test_a_stale_policy_shows_in_the_gap():
   other = micro.variables(micro.model(), seed=1)
   row = recorded.source._gap(other, batch)
   assert row['rl/gap_max'] > 0.1 and row['rl/gap_outside'] > 0.1
+  logp_BT = np.asarray(_logp()(other, batch))
+  gap = np.abs(logp_BT - batch.old_logp_BT)[batch.mask_BT > 0]
+  np.testing.assert_allclose(row['rl/gap_max'], gap.max(), rtol=1e-4)
+  np.testing.assert_allclose(row['rl/gap_mean'], gap.mean(), rtol=1e-4)
 
 
 @functools.cache
@@ -257,7 +261,7 @@ def test_the_reference_is_read_only_with_a_kl_penalty():
   assert np.abs(batch.ref_logp_BT - batch.old_logp_BT).max() > 0.1
 
 
-@quick.jit
+@jax.jit
 def _balance(variables, batch: types.PolicyBatch) -> jax.Array:
   out = transformer.Transformer(micro.model()).apply(
     variables,
@@ -283,9 +287,9 @@ def test_loss_is_gain_plus_penalty_plus_balance(reduction):
   loss_fn = grpo.make_loss(
     config, loss_config, temperature=1.3, balance_coef=0.1
   )
-  loss, got = quick.jit(loss_fn)(variables, batch)
+  loss, got = jax.jit(loss_fn)(variables, batch)
 
-  logp = quick.jit(rollouts.make_logp(config, _mesh(), temperature=1.3))
+  logp = jax.jit(rollouts.make_logp(config, _mesh(), temperature=1.3))
   logp_BT = np.asarray(logp(variables, batch))
   balance_LB = _balance(variables, batch)
   weight_B = batch.mask_BT.sum(1) / batch.num_tokens
@@ -440,7 +444,7 @@ def test_loss_without_a_penalty_is_finite_where_a_reference_would_not_be():
     # A reference that was left out is 0: k3 would be e^200.
     ref_logp_BT=np.full_like(batch.ref_logp_BT, 200.0),
   )
-  loss, got = quick.jit(loss_fn)(micro.policy(), batch)
+  loss, got = jax.jit(loss_fn)(micro.policy(), batch)
   assert np.isfinite(loss) and 'rl/kl' not in got
 
 
@@ -540,7 +544,7 @@ def test_what_the_loss_does_not_see_is_what_does_not_decay():
     adv_BT=noise(),
     length_BT=np.full((B, T), T, np.float32),
   )
-  grad = quick.jit(jax.grad(lambda v: loss_fn(v, batch)[0], allow_int=True))
+  grad = jax.jit(jax.grad(lambda v: loss_fn(v, batch)[0], allow_int=True))
   grads = grad(micro.variables(model))['params']
   leaves, _ = jax.tree_util.tree_flatten_with_path(grads)
   names = {jax.tree_util.keystr(path): np.any(x) for path, x in leaves}

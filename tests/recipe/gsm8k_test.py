@@ -12,7 +12,6 @@ from r1jax.interop import huggingface
 from r1jax.model import transformer
 from r1jax.recipe import convert, sft
 from r1jax.train import metrics
-from tests import quick
 from tests.recipe import micro
 
 
@@ -63,7 +62,7 @@ def test_the_loss_falls_it_resumes_and_is_exported(shared_data, tmp_path):
   config, variables = huggingface.load(out)
   assert huggingface.read_config(tmp_path / 'out')['model_type'] == 'qwen3'
 
-  @quick.jit
+  @jax.jit
   def logits(variables, tokens_BT):
     return transformer.Transformer(config).apply(
       variables, tokens_BT, method='logits'

@@ -24,7 +24,6 @@ from r1jax.recipe import stage as stage_lib
 from r1jax.train import interrupt, metrics, optimizer
 from r1jax.train import state as state_lib
 from r1jax.train import step as step_lib
-from tests import quick
 from tests.recipe import micro
 
 _MTP_COEF, _BALANCE_COEF = 0.3, 0.05
@@ -60,7 +59,7 @@ def _output() -> tuple[transformer.Output, np.ndarray, np.ndarray]:
   """The model's output, log-probs of its next token and of its drafts."""
   config, batch = micro.model(), _batch()
   variables = micro.variables(config)
-  out = quick.jit(
+  out = jax.jit(
     functools.partial(transformer.Transformer(config).apply, mtp=True)
   )(
     variables,
@@ -97,7 +96,7 @@ def _gradient(num_microbatches: int = 1):
     micro.model(), mtp_coef=_MTP_COEF, balance_coef=_BALANCE_COEF
   )
   gradient = step_lib.make_gradient(loss_fn, num_microbatches=num_microbatches)
-  return quick.jit(gradient)(micro.variables(micro.model()), _batch())
+  return jax.jit(gradient)(micro.variables(micro.model()), _batch())
 
 
 @pytest.mark.slow
@@ -127,7 +126,7 @@ def test_indexers_learn_alone_in_their_warm_up_then_beside_the_model(dense):
   )
   config = micro.model(attention=attention, mtp_depth=0)
   loss_fn = pretrain.make_loss(config, mtp_coef=0.0, balance_coef=0.0)
-  loss, got = quick.jit(loss_fn)(micro.variables(config), _batch())
+  loss, got = jax.jit(loss_fn)(micro.variables(config), _batch())
   learned = 2 * float(got['indexer/divergence'])  # 2 layers.
   assert learned > 1e-3
   model = 0.0 if dense else float(got['train/next_token_loss'])
@@ -193,7 +192,7 @@ def test_evaluation_sums_equal_loops_over_the_tokens():
     draft_logp_BTV[b, t].argmax() == logp_BTV[b, t + 1].argmax()
     for b, t, _ in _ahead(2)
   ]
-  evaluate = quick.jit(pretrain.make_evaluate(micro.model()))
+  evaluate = jax.jit(pretrain.make_evaluate(micro.model()))
   sums = evaluate(micro.variables(micro.model()), _batch())
   assert float(sums['nats']) == pytest.approx(_nats(logp_BTV, 1), rel=1e-5)
   assert float(sums['tokens']) == len(list(_ahead(1)))
@@ -228,7 +227,7 @@ def test_drafts_that_the_main_model_makes_too_are_accepted():
   for name in ('embed_norm', 'hidden_norm'):
     scale = variables['params']['mtp_1'][name]
     scale['scale'] = jnp.ones_like(scale['scale'])
-  sums = quick.jit(pretrain.make_evaluate(config))(variables, _batch())
+  sums = jax.jit(pretrain.make_evaluate(config))(variables, _batch())
   assert float(sums['mtp_accepted']) == float(sums['mtp_tokens']) > 0
 
 
@@ -499,7 +498,7 @@ def _step_of_an_uneven_router():
     optimizer.OptimConfig(**micro.pretrain_dict()['optim']), 30
   )
   loss_fn = pretrain.make_loss(config, mtp_coef=0.0, balance_coef=0.0)
-  step = quick.jit(step_lib.make_train_step(loss_fn, adam))
+  step = jax.jit(step_lib.make_train_step(loss_fn, adam))
   return step, state_lib.init_state(lambda: variables, adam)
 
 

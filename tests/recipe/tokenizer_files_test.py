@@ -11,7 +11,6 @@ from r1jax.data import hf_tokenizer, tokenizer
 from r1jax.interop import export
 from r1jax.model import config as model_config
 from r1jax.recipe import origin, sft, tokenizer_files
-from tests import quick
 from tests.data import tiny_tokenizer
 from tests.recipe import foreign, micro
 
@@ -41,7 +40,7 @@ def _sft_config(init_from, paths, num_steps=1) -> sft.SftConfig:
 
 @pytest.mark.slow
 def test_a_run_of_a_relative_folder_is_moved(tmp_path, monkeypatch):
-  monkeypatch.setattr(jax, 'jit', quick.jit)
+  monkeypatch.setattr(jax, 'jit', jax.jit)
   monkeypatch.chdir(tmp_path)
   export.save('hf', _qwen(), micro.variables(_qwen()), dtype='float32')
   tiny_tokenizer.write_qwen(tmp_path / 'hf')

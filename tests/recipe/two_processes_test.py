@@ -13,7 +13,7 @@ import pytest
 
 from r1jax.interop import huggingface
 from r1jax.recipe import origin
-from tests import known_answers
+from tests import known_answers, quick
 from tests.recipe import micro
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -29,7 +29,11 @@ def _free_port() -> int:
 def _run_two(*arguments):
   """Returns what each process reports."""
   port = str(_free_port())
-  environment = {**os.environ, 'JAX_NUM_CPU_DEVICES': '1', 'XLA_FLAGS': ''}
+  environment = {
+    **os.environ,
+    'JAX_NUM_CPU_DEVICES': '1',
+    'XLA_FLAGS': quick.XLA_FLAGS,
+  }
   processes = [
     subprocess.Popen(
       [sys.executable, '-m', 'tests.recipe.two_processes', rank, port]

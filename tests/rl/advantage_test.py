@@ -1,16 +1,17 @@
 """Group advantages against known values and their own rules."""
 
 import hypothesis
+import jax
 import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from r1jax.rl import advantage
-from tests import known_answers, quick
+from tests import known_answers
 
-_group = quick.jit(advantage.group_advantage)
-_centred = quick.jit(advantage.centred_advantage)
-_num_equal = quick.jit(advantage.num_zero_variance)
+_group = jax.jit(advantage.group_advantage)
+_centred = jax.jit(advantage.centred_advantage)
+_num_equal = jax.jit(advantage.num_zero_variance)
 
 
 def test_known_advantages_use_the_population_std():

@@ -10,7 +10,7 @@ import pytest
 
 from r1jax import types
 from r1jax.rl import grpo
-from tests import known_answers, quick
+from tests import known_answers
 
 # Tokens of the completions in each packed row.
 _ROWS = ((3, 1, 4), (8,), (2, 5))
@@ -48,7 +48,7 @@ def _batch():
   return logp(), batch
 
 
-@functools.partial(quick.jit, static_argnames=('reduction', 'low', 'high'))
+@functools.partial(jax.jit, static_argnames=('reduction', 'low', 'high'))
 def _loss(logp_BT, batch, *, reduction, low, high, beta):
   def objective(logp_BT):
     loss_BT, terms = grpo.grpo_terms(
@@ -102,7 +102,7 @@ def test_loss_is_the_papers_sum(reduction, low, high):
 def test_microbatches_add_up():
   logp_BT, batch = _batch()
   for reduction in ('sequence_mean', 'token_mean'):
-    reduce = quick.jit(getattr(grpo, reduction))
+    reduce = jax.jit(getattr(grpo, reduction))
     rows = lambda b: dataclasses.replace(
       batch,
       mask_BT=np.where(np.arange(3)[:, None] == b, batch.mask_BT, 0),

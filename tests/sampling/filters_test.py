@@ -2,13 +2,13 @@
 
 import math
 
+import jax
 import numpy as np
 import pytest
 
 from r1jax.sampling import filters
-from tests import quick
 
-_filtered = quick.jit(filters.filtered_logp, static_argnames='config')
+_filtered = jax.jit(filters.filtered_logp, static_argnames='config')
 
 
 def _by_loops(logits_V, c):

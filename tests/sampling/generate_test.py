@@ -11,7 +11,6 @@ from r1jax.losses import token
 from r1jax.model import router, transformer
 from r1jax.parallel import mesh as mesh_lib
 from r1jax.sampling import filters, generate
-from tests import quick
 from tests.model import tiny
 
 # Long enough for a second phase, whose waves are smaller than the batch.
@@ -45,7 +44,7 @@ def _generate(sampling, prompts=None):
   prompt_BT, length_B = prompts or _prompts()
   row_B = np.arange(len(length_B), dtype=np.int32)
   args = (tiny.variables(_CONFIG), prompt_BT, length_B, row_B)
-  return jax.device_get(quick.jit(run)(*args, jax.random.key(1)))
+  return jax.device_get(jax.jit(run)(*args, jax.random.key(1)))
 
 
 @functools.cache
@@ -72,7 +71,7 @@ def _trainer(tokens_BT, length_B, temperature):
   """The trainer's pass over the assembled rollouts: logits and logp."""
   variables = tiny.variables(_CONFIG)
 
-  @quick.jit
+  @jax.jit
   def run(tokens_BT, segment_BT):
     out = transformer.Transformer(_CONFIG).apply(
       variables, tokens_BT, segment_BT=segment_BT
@@ -180,7 +179,7 @@ def test_padding_of_prompts_changes_nothing():
 def test_eight_devices_sample_what_one_does(greedy, sizes):
   mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(**sizes))
   options = _options(_GREEDY if greedy else _SAMPLED)
-  run = quick.jit(generate.make_generate(_CONFIG, mesh, **options))
+  run = jax.jit(generate.make_generate(_CONFIG, mesh, **options))
   r = jax.device_get(
     run(tiny.variables(_CONFIG), *_prompts(), jax.random.key(1))
   )
@@ -209,10 +208,10 @@ def test_draws_have_the_frequencies_of_the_distribution():
   uniform_B = ((np.arange(num) + 0.5) / num).astype(np.float32)
   with np.errstate(divide='ignore'):
     logp_BV = np.broadcast_to(np.log(prob_V), (num, 7))
-  token_B = np.asarray(quick.jit(generate._draw)(uniform_B, logp_BV))
+  token_B = np.asarray(jax.jit(generate._draw)(uniform_B, logp_BV))
   count_V = np.bincount(token_B, minlength=7)
   assert np.abs(count_V - num * prob_V).max() <= 1
   assert not count_V[prob_V == 0].any()
   edge_B = np.float32([0.0, np.nextafter(np.float32(1), np.float32(0))])
-  drawn = quick.jit(generate._draw)(edge_B, logp_BV[:2])
+  drawn = jax.jit(generate._draw)(edge_B, logp_BV[:2])
   np.testing.assert_array_equal(drawn, [1, 5])

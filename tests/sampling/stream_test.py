@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from r1jax.sampling import filters, generate, stream
-from tests import quick
 from tests.model import tiny
 
 _CONFIG = dataclasses.replace(tiny.config(), num_layers=2, max_length=24)
@@ -15,15 +14,8 @@ _GREEDY = filters.SamplingConfig(temperature=0.0)
 _KEY = jax.random.key(3)
 
 
-@pytest.fixture(scope='module', autouse=True)
-def quick_jit():
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(stream.jax, 'jit', quick.jit)
-    yield
-
-
 @pytest.fixture(scope='module')
-def greedy(quick_jit):
+def greedy():
   return _stream(_GREEDY)
 
 
@@ -46,7 +38,7 @@ def _expected(prompts, num_tokens):
     row_T[: len(prompt)] = prompt
   length_B = np.array([len(p) for p in prompts], np.int32)
 
-  @quick.jit
+  @jax.jit
   def run(variables):
     return generate.generate(
       _CONFIG,
