@@ -14,6 +14,14 @@ def get_config(**sizes: int) -> ml_collections.ConfigDict:
       'expert': 1,
       'tensor': 1,
       'num_slices': 1,
+      'pipeline': {  # Where pipe > 1; parallel/pipeline.py.
+        'schedule': '1f1b',
+        'keep': 'input',
+        'unit': False,
+        'latency': 1,
+        'fused': False,
+        'masked': False,
+      },
     }
   )
   config.update(sizes)

@@ -121,7 +121,6 @@ class Transformer(nn.Module):
     mode = attention.Mode(
       decode, indexer_loss, splits, c.attention_implementation
     )
-    own = sharding.own_length if splits else lambda x_BT: x_BT
     if decode and cache is None:
       raise ValueError('decode=True needs a cache')
     B, T = tokens_BT.shape
@@ -134,44 +133,61 @@ class Transformer(nn.Module):
     embedding = param('embedding', (V, D), _EMBEDDING_AXES)
     if not c.tie_embeddings:
       param('head', (D, V), _HEAD_AXES)
-    embed = lambda t: sharding.look_up(embedding, t, V, D).astype(c.dtype)
     filled = None
     if cache is not None:
       # Slots are taken first: decode attends to its own tokens as well.
       filled = cache.advance(segment_BT, position_BT)
-    context = self._context(
-      segment_BT, position_BT, filled if decode else None, own, mode
+    context = make_context(
+      c, segment_BT, position_BT, filled if decode else None, mode
     )
-
     x_BTD, cache, metrics = self._run_stacks(
-      embed(own(tokens_BT)), context, cache, mode
-    )
-    hidden_BTD = layers.RmsNorm(c.norm_eps, jnp.dtype(c.dtype), name='norm')(
-      x_BTD
+      embed(c, embedding, tokens_BT, mode), context, cache, mode
     )
     if cache is not None:
       cache = dataclasses.replace(filled, layers=cache.layers)
+    hidden_BTD, mtp_hidden, of_mtp = self.finish(
+      x_BTD, embedding, tokens_BT, context, mode, mtp=mtp
+    )
+    metrics += of_mtp
+    return Output(
+      hidden_BTD=hidden_BTD,
+      mtp_hidden=mtp_hidden,
+      cache=cache,
+      moe=_concatenate([m.moe for m in metrics]),
+      indexer_LBT=_whole_rows(
+        _concatenate([m.indexer_BT for m in metrics]), mode.split_length
+      ),
+    )
 
-    mtp_hidden = []
+  @nn.compact
+  def finish(
+    self,
+    x_BTD: jax.Array,
+    embedding_VD: jax.Array,
+    tokens_BT: jax.Array,
+    context: attention.Context,
+    mode: attention.Mode,
+    *,
+    mtp: bool,
+  ) -> tuple[jax.Array, tuple[jax.Array, ...], list[block_lib.BlockMetrics]]:
+    """What follows the blocks: the final norm, and MTP if asked for.
+
+    Returns hidden_BTD, mtp_hidden and each MTP module's metrics, [1, …].
+    """
+    c, metrics, mtp_hidden = self.config, [], []
+    norm = layers.RmsNorm(c.norm_eps, jnp.dtype(c.dtype), name='norm')
+    hidden_BTD = norm(x_BTD)
     if mtp and c.mtp_depth:
       chain_BTD = hidden_BTD if c.mtp_after_norm else x_BTD
       for k in range(1, c.mtp_depth + 1):
         ahead_BT = jnp.roll(tokens_BT, -k, axis=1)
         module = MtpModule(c, name=f'mtp_{k}')
         chain_BTD, out_BTD, m = module(
-          chain_BTD, embed(own(ahead_BT)), context, mode
+          chain_BTD, embed(c, embedding_VD, ahead_BT, mode), context, mode
         )
         mtp_hidden.append(out_BTD)
         metrics.append(jax.tree.map(lambda x: x[None], m))
-    return Output(
-      hidden_BTD=hidden_BTD,
-      mtp_hidden=tuple(mtp_hidden),
-      cache=cache,
-      moe=_concatenate([m.moe for m in metrics]),
-      indexer_LBT=_whole_rows(
-        _concatenate([m.indexer_BT for m in metrics]), splits
-      ),
-    )
+    return hidden_BTD, tuple(mtp_hidden), metrics
 
   @nn.compact
   def logits(self, tokens_BT: jax.Array, **kwargs: Any) -> jax.Array:
@@ -182,24 +198,6 @@ class Transformer(nn.Module):
     hidden_BTD = self(tokens_BT, **kwargs).hidden_BTD
     params = self.variables['params']
     return head(params, self.config).logits(hidden_BTD)
-
-  def _context(self, segment_BT, position_BT, filled, own, mode):
-    """Rotation and mask, once for all blocks."""
-    c = self.config.attention
-    if filled is None:
-      keys = segment_BT, position_BT
-    else:
-      keys = filled.segment_BS, filled.position_BS
-    segment_BT, position_BT = own(segment_BT), own(position_BT)
-    mask_BTS = None
-    if mode.needs_mask:
-      mask_BTS = attention.attention_mask(segment_BT, position_BT, *keys)
-    return attention.Context(
-      cos_sin=rope.cos_sin(position_BT, c.rope, c.rotated_dim),
-      segment_BT=segment_BT,
-      segment_BS=keys[0],
-      mask_BTS=mask_BTS,
-    )
 
   def _run_stacks(self, x_BTD, context, cache, mode):
     """The dense blocks, then the MoE blocks; one metrics tree per stack."""
@@ -247,6 +245,53 @@ class Transformer(nn.Module):
       x_BTD, cache, m = block(x_BTD, context, cache, first + i)
       metrics.append(m)
     return x_BTD, cache, jax.tree.map(lambda *xs: jnp.stack(xs), *metrics)
+
+
+def embed(
+  config: model_config.ModelConfig,
+  embedding_VD: jax.Array,
+  tokens_BT: jax.Array,
+  mode: attention.Mode,
+) -> jax.Array:
+  """The blocks' input, [B, T, D]; of this device's part of whole rows."""
+  V, D = config.vocab_size, config.embed_dim
+  own_BT = sharding.own_length(tokens_BT) if mode.split_length else tokens_BT
+  return sharding.look_up(embedding_VD, own_BT, V, D).astype(config.dtype)
+
+
+def make_context(
+  config: model_config.ModelConfig,
+  segment_BT: jax.Array,
+  position_BT: jax.Array,
+  filled: cache_lib.Cache | None,
+  mode: attention.Mode,
+) -> attention.Context:
+  """Rotation and mask, once for all blocks.
+
+  Args:
+    config: Of the model.
+    segment_BT: Of whole rows.
+    position_BT: Of whole rows.
+    filled: The cache that queries attend to; None for the tokens themselves.
+    mode: Of this call.
+  """
+  c = config.attention
+  if filled is None:
+    keys = segment_BT, position_BT
+  else:
+    keys = filled.segment_BS, filled.position_BS
+  if mode.split_length:
+    segment_BT = sharding.own_length(segment_BT)
+    position_BT = sharding.own_length(position_BT)
+  mask_BTS = None
+  if mode.needs_mask:
+    mask_BTS = attention.attention_mask(segment_BT, position_BT, *keys)
+  return attention.Context(
+    cos_sin=rope.cos_sin(position_BT, c.rope, c.rotated_dim),
+    segment_BT=segment_BT,
+    segment_BS=keys[0],
+    mask_BTS=mask_BTS,
+  )
 
 
 def _whole_rows(x_LBT: jax.Array | None, splits: bool) -> jax.Array | None:

@@ -8,6 +8,8 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 
+from r1jax.parallel import pipeline as pipeline_lib
+
 AXES = ('pipe', 'data', 'fsdp', 'context', 'expert', 'tensor')
 
 
@@ -34,6 +36,7 @@ class MeshConfig:
   expert: int = 1
   tensor: int = 1
   num_slices: int = 1
+  pipeline: pipeline_lib.PipelineConfig = pipeline_lib.PipelineConfig()
 
   def __post_init__(self):
     sizes = self.sizes

@@ -311,3 +311,12 @@ def _check_sizes(name: str, num_ranks: int, num_microbatches: int) -> None:
       f'{name}: num_microbatches={num_microbatches} must be positive; '
       f'{2 * num_ranks} would do'
     )
+
+
+SCHEDULES = {
+  'gpipe': gpipe,
+  '1f1b': one_f_one_b,
+  'zb1p': zb1p,
+  'dualpipe': dualpipe,
+  'dualpipe_v': dualpipe_v,
+}

@@ -3,10 +3,11 @@
 Parameters name logical axes where they are created (`param`); a table says
 which mesh axis shards each. Programs are written for one device and run by
 `per_device`: they see their own rows and their own part of each parameter.
-Along `fsdp` a layer gathers its parameters when it needs them (`param`), along
-`tensor` it computes with its part between `fan_out` and `fan_in`, along
-`expert` tokens travel (expert.py). Every exchange is written out; outside
-`per_device`, or on one device, each of them does nothing.
+Along `fsdp` a layer gathers its parameters when it needs them (`param`), and
+along `pipe` where no pipeline runs; along `tensor` it computes with its part
+between `fan_out` and `fan_in`; along `expert` tokens travel (expert.py). Every
+exchange is written out; outside `per_device`, or on one device, each of them
+does nothing.
 """
 
 import functools
@@ -24,20 +25,28 @@ from jax.sharding import PartitionSpec as P
 
 from r1jax.losses import token
 
-# Mesh axes that together shard the rows of a batch.
-BATCH_AXES = ('data', 'fsdp', 'expert')
+# Mesh axes that together shard the rows of a microbatch in a pipeline, and
+# those of any other batch.
+ROW_AXES = ('data', 'fsdp', 'expert')
+BATCH_AXES = ('pipe', *ROW_AXES)
+
+# Mesh axes that together share parameters. A pipeline moves what its stages
+# need to them, `pipe` away, and the rest works on: how many parts there are
+# says along which axes a parameter is gathered. In a spec `pipe` comes last, so
+# that what its devices share lies side by side.
+_FSDP = ('fsdp', 'pipe')
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
   # Weights.
-  'embed': 'fsdp',
+  'embed': _FSDP,
   'heads': 'tensor',
   'kv_heads': 'tensor',
   'mlp': 'tensor',
   'vocab': 'tensor',
-  'head_vocab': ('fsdp', 'tensor'),
+  'head_vocab': ('fsdp', 'tensor', 'pipe'),
   'experts': 'expert',
   'latent': None,
-  'rank': 'fsdp',  # A latent that a matrix is applied to.
+  'rank': _FSDP,  # A latent that a matrix is applied to.
   'layers': None,
 }
 
@@ -100,24 +109,29 @@ def gather(
   dtype = x.dtype if dtype is None else jnp.dtype(dtype)
   spec = to_spec(axes)
   for i, (local, whole) in enumerate(zip(x.shape, shape, strict=True)):
-    if local != whole and spec[i] == 'fsdp':
-      x = _gather_axis(x, spec[i], i, dtype)
+    if local != whole and spec[i] == _FSDP:
+      x = _gather_axis(x, _fsdp_axes(whole // local), i, dtype)
   return x.astype(dtype)
 
 
+def _fsdp_axes(num_parts: int) -> tuple[str, ...]:
+  """The mesh axes that so many parts of a parameter lie on."""
+  return _FSDP[:1] if num_parts == axis_size(_FSDP[0]) else _FSDP
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gather_axis(x, mesh_axis, axis, dtype):
-  return jax.lax.all_gather(x.astype(dtype), mesh_axis, axis=axis, tiled=True)
+def _gather_axis(x, mesh_axes, axis, dtype):
+  return jax.lax.all_gather(x.astype(dtype), mesh_axes, axis=axis, tiled=True)
 
 
-def _gather_axis_fwd(x, mesh_axis, axis, dtype):
-  return _gather_axis(x, mesh_axis, axis, dtype), jnp.zeros((), x.dtype)
+def _gather_axis_fwd(x, mesh_axes, axis, dtype):
+  return _gather_axis(x, mesh_axes, axis, dtype), jnp.zeros((), x.dtype)
 
 
-def _gather_axis_bwd(mesh_axis, axis, dtype, like, grad):
+def _gather_axis_bwd(mesh_axes, axis, dtype, like, grad):
   del dtype
   grad = jax.lax.psum_scatter(
-    grad.astype(jnp.float32), mesh_axis, scatter_dimension=axis, tiled=True
+    grad.astype(jnp.float32), mesh_axes, scatter_dimension=axis, tiled=True
   )
   return (grad.astype(like.dtype),)
 
@@ -147,9 +161,10 @@ def look_up(
 
   if num_columns == dim:
     return take(tokens_BT)
-  part_nBTd = take(jax.lax.all_gather(tokens_BT, 'fsdp'))
+  axes = _fsdp_axes(dim // num_columns)
+  part_nBTd = take(jax.lax.all_gather(tokens_BT, axes))
   return jax.lax.all_to_all(
-    part_nBTd, 'fsdp', split_axis=0, concat_axis=3, tiled=True
+    part_nBTd, axes, split_axis=0, concat_axis=3, tiled=True
   )[0]
 
 
@@ -255,27 +270,30 @@ def share_columns(w_DV: jax.Array, num_columns: int) -> token.Head:
     return token.Head(w_DV, **whole_rows)
   over_tensor = axis_size('tensor')
   over_fsdp = parts // over_tensor
-  index = jax.lax.axis_index('tensor')
+  fsdp, axes = (), ('tensor',)
   if over_fsdp > 1:
-    index += over_tensor * jax.lax.axis_index('fsdp')
+    fsdp = _fsdp_axes(over_fsdp)
+    axes = ('fsdp', 'tensor', *fsdp[1:])
+  index = jax.lax.axis_index(axes)
 
   def spread(x):
-    if over_fsdp > 1:
-      x = jax.lax.all_gather(x, 'fsdp', tiled=True)
+    if fsdp:
+      x = jax.lax.all_gather(x, fsdp, tiled=True)
     return fan_out(x)
 
   def total(x):
     x = fan_in(x)
-    if over_fsdp > 1:
-      x = jax.lax.psum_scatter(x, 'fsdp', tiled=True)
+    if fsdp:
+      x = jax.lax.psum_scatter(x, fsdp, tiled=True)
     return x
-
-  axes = ('fsdp', 'tensor') if over_fsdp > 1 else 'tensor'
 
   def join(x):
     x = jax.lax.all_gather(x, 'tensor', axis=-1, tiled=True)
-    if over_fsdp > 1:
-      x = jax.lax.all_to_all(x, 'fsdp', 0, x.ndim - 1, tiled=True)
+    if fsdp:
+      x = jax.lax.all_to_all(x, fsdp, 0, x.ndim - 1, tiled=True)
+    if len(fsdp) > 1:  # From the order fsdp, pipe, tensor to that of columns.
+      sizes = (axis_size('fsdp'), axis_size('pipe'), over_tensor, -1)
+      x = x.reshape(len(x), *sizes).swapaxes(2, 3).reshape(x.shape)
     return x
 
   return token.Head(
@@ -350,16 +368,75 @@ def for_sampling(shardings: Any) -> Any:
 
   A step of decoding is too short to gather them in each layer.
   """
+  return jax.tree.map(lambda target: without(target, _FSDP), shardings)
 
-  def one(target):
-    axes = [
-      tuple(a for a in _mesh_axes(entry) if a != 'fsdp')
-      for entry in target.spec
-    ]
-    spec = P(*(a[0] if len(a) == 1 else a or None for a in axes))
-    return NamedSharding(target.mesh, spec)
 
-  return jax.tree.map(one, shardings)
+def without(target: NamedSharding, mesh_axes: Sequence[str]) -> NamedSharding:
+  """A sharding that leaves some mesh axes out."""
+  axes = [
+    tuple(a for a in _mesh_axes(entry) if a not in mesh_axes)
+    for entry in target.spec
+  ]
+  spec = P(*(a[0] if len(a) == 1 else a or None for a in axes))
+  return NamedSharding(target.mesh, spec)
+
+
+def of_stages(stack: NamedSharding) -> NamedSharding:
+  """From a stack of layers [L, …] to that of stages [stages, layers, …].
+
+  Each device of `pipe` has its stages, of which the others share nothing.
+  """
+  _, *rest = without(stack, ('pipe',)).spec
+  return NamedSharding(stack.mesh, P('pipe', None, *rest))
+
+
+def join_pipe(x: jax.Array, target: NamedSharding) -> jax.Array:
+  """What the devices of `pipe` share of a parameter, on each of them."""
+  axis = _shared_axis(target)
+  if axis is None:
+    return x
+  return jax.lax.all_gather(x, 'pipe', axis=axis, tiled=True)
+
+
+def share_pipe(x: jax.Array, target: NamedSharding) -> jax.Array:
+  """The inverse: this device's part."""
+  axis = _shared_axis(target)
+  return x if axis is None else _own_part(x, axis)
+
+
+def spread_stages(x: jax.Array, stack: NamedSharding) -> jax.Array:
+  """From a part of each stage, [stages, layers, …], to all of its own.
+
+  Args:
+    x: What the device has of all stages.
+    stack: How the devices share the stack of layers, [L, …].
+  """
+  axis = _shared_axis(stack)
+  if axis is None:
+    return _own_part(x, 0)
+  return jax.lax.all_to_all(x, 'pipe', 0, axis + 1, tiled=True)
+
+
+def collect_stages(x: jax.Array, stack: NamedSharding) -> jax.Array:
+  """The inverse."""
+  axis = _shared_axis(stack)
+  if axis is None:
+    return jax.lax.all_gather(x, 'pipe', tiled=True)
+  return jax.lax.all_to_all(x, 'pipe', axis + 1, 0, tiled=True)
+
+
+def _shared_axis(target: NamedSharding) -> int | None:
+  """Which axis of an array the devices of `pipe` share, the last to do so."""
+  for i, entry in enumerate(target.spec):
+    if 'pipe' in _mesh_axes(entry):
+      return i
+  return None
+
+
+def _own_part(x: jax.Array, axis: int) -> jax.Array:
+  size = x.shape[axis] // axis_size('pipe')
+  start = jax.lax.axis_index('pipe') * size
+  return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
 
 
 def unbox(tree: Any) -> Any:
@@ -386,7 +463,7 @@ def replicated_like(target: jax.sharding.Sharding) -> jax.sharding.Sharding:
 
 
 def batch_sharding(mesh: Mesh, rank: int) -> NamedSharding:
-  """Rows over data x fsdp x expert; scalars are replicated."""
+  """Rows over pipe x data x fsdp x expert; scalars are replicated."""
   return NamedSharding(mesh, P(BATCH_AXES) if rank else P())
 
 

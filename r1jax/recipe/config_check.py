@@ -12,6 +12,9 @@ def check_rows(
 ) -> None:
   """Rows must divide over microbatches and the devices that share a batch.
 
+  A microbatch goes through a whole pipeline; other programs share all rows
+  among its devices as well.
+
   Raises:
     UserError: They do not.
   """
@@ -21,12 +24,16 @@ def check_rows(
       f'{num_microbatches}'
     )
   shards = sharding.num_batch_shards(mesh)
-  if rows % (num_microbatches * shards):
-    each = f' in {num_microbatches} microbatches' * (num_microbatches > 1)
-    raise config_lib.UserError(
-      f'{name}={rows}{each} does not divide over {shards} devices; on a CPU '
-      '--host_devices=1 makes it one device'
-    )
+  for count, parts in (
+    (1, shards),
+    (num_microbatches, shards // mesh.shape['pipe']),
+  ):
+    if rows % (count * parts):
+      each = f' in {count} microbatches' * (count > 1)
+      raise config_lib.UserError(
+        f'{name}={rows}{each} does not divide over {parts} devices; on a CPU '
+        '--host_devices=1 makes it one device'
+      )
 
 
 def check_length(

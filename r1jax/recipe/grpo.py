@@ -15,11 +15,11 @@ from r1jax.data import hf_tokenizer
 from r1jax.data import tokenizer as tokenizer_lib
 from r1jax.losses import token
 from r1jax.model import config as model_config
-from r1jax.model import transformer
 from r1jax.parallel import mesh as mesh_lib
 from r1jax.parallel import sharding
 from r1jax.recipe import (
   config_check,
+  objective,
   origin,
   pretrain,
   rollouts,
@@ -32,7 +32,6 @@ from r1jax.rl import advantage, grpo
 from r1jax.sampling import filters
 from r1jax.train import optimizer
 from r1jax.train import state as state_lib
-from r1jax.train import step as step_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,24 +122,17 @@ def make_loss(
   *,
   temperature: float,
   balance_coef: float,
-) -> step_lib.LossFn:
+) -> objective.Objective:
   """Builds loss(variables, PolicyBatch): clipped gain, k3 penalty, balance.
 
   Source: DeepSeekMath, arXiv:2402.03300, eq. 3-4.
   """
-  model = transformer.Transformer(config)
   reduce = REDUCTIONS[loss_config.reduction]
 
-  def loss_fn(variables, batch):
-    out = model.apply(
-      variables,
-      batch.tokens_BT,
-      segment_BT=batch.segment_BT,
-      position_BT=batch.position_BT,
-    )
-    head = transformer.head(variables['params'], config)
+  def of_hidden(head, hidden_BTD, mtp_hidden, batch):
+    del mtp_hidden
     logp_BT, entropy_BT = token.next_token_logp(
-      out.hidden_BTD, head, batch.tokens_BT, temperature=temperature
+      hidden_BTD, head, batch.tokens_BT, temperature=temperature
     )
     ref_logp_BT = batch.ref_logp_BT
     if loss_config.kl_coef == 0:  # No reference: as if it were the policy.
@@ -165,11 +157,11 @@ def make_loss(
     }
     if loss_config.kl_coef > 0:
       metrics['rl/kl'] = grpo.token_mean(terms['kl'], batch)
-    if out.moe is not None:
-      loss += balance_coef * pretrain.balance(out.moe, batch, metrics)
     return loss, metrics
 
-  return loss_fn
+  return objective.Objective(
+    config, of_hidden, mtp=False, balance_coef=balance_coef
+  )
 
 
 def run(
@@ -207,6 +199,7 @@ def run(
     tokenizer=path,
     untrained=UNTRAINED,
     profile_steps=profile_steps,
+    pipeline=config.mesh.pipeline,
   )
   loss_fn = make_loss(
     model,

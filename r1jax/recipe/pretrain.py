@@ -15,14 +15,13 @@ from r1jax.data import chat_tokens, corpus, hf_tokenizer, loader, text
 from r1jax.data import tokenizer as tokenizer_lib
 from r1jax.losses import token
 from r1jax.model import config as model_config
-from r1jax.model import moe, router, transformer
+from r1jax.model import router, transformer
 from r1jax.parallel import mesh as mesh_lib
 from r1jax.parallel import sharding
-from r1jax.recipe import config_check, origin
+from r1jax.recipe import config_check, objective, origin
 from r1jax.recipe import stage as stage_lib
 from r1jax.train import optimizer
 from r1jax.train import state as state_lib
-from r1jax.train import step as step_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,6 +189,7 @@ def run(
     tokenizer=path,
     untrained=untrained(config.mtp_coef),
     profile_steps=profile_steps,
+    pipeline=config.mesh.pipeline,
   )
   loss_fn = make_loss(
     config.model,
@@ -283,7 +283,7 @@ def make_held_out(
 
 def make_loss(
   config: model_config.ModelConfig, *, mtp_coef: float, balance_coef: float
-) -> step_lib.LossFn:
+) -> objective.Objective:
   """Builds loss(variables, batch): L = L_next + λ mean_k L_k + α L_balance.
 
   With sparse attention its indexers' divergence is added, which no other
@@ -292,71 +292,40 @@ def make_loss(
   Args:
     config: Of the model.
     mtp_coef: λ; 0 leaves the MTP modules out.
-    balance_coef: α of the sequence-wise balance loss. Rows are weighted by
-      their tokens, so that microbatches add up.
+    balance_coef: α of the sequence-wise balance loss.
 
   Source: DeepSeek-V3, arXiv:2412.19437, §2.1.2 and §2.2.
   """
-  model = transformer.Transformer(config)
-  indexer = getattr(config.attention, 'indexer', None)
 
-  def loss_fn(variables, batch):
-    out = model.apply(
-      variables,
-      batch.tokens_BT,
-      segment_BT=batch.segment_BT,
-      position_BT=batch.position_BT,
-      mtp=mtp_coef > 0,
-      indexer_loss=indexer is not None,
-    )
-    head = transformer.head(variables['params'], config)
-    logp_BT, _ = token.next_token_logp(out.hidden_BTD, head, batch.tokens_BT)
-    next_loss = token.cross_entropy(logp_BT, batch.mask_BT, batch.num_tokens)
-    metrics = {'train/next_token_loss': next_loss}
-    loss = next_loss
-    if out.mtp_hidden:
+  def of_hidden(head, hidden_BTD, mtp_hidden, batch):
+    logp_BT, _ = token.next_token_logp(hidden_BTD, head, batch.tokens_BT)
+    loss = token.cross_entropy(logp_BT, batch.mask_BT, batch.num_tokens)
+    metrics = {'train/next_token_loss': loss}
+    if mtp_hidden:
       mtp_loss = jnp.mean(
         jnp.stack(
           [
             _mtp_loss(hidden_BTD, head, batch, depth)
-            for depth, hidden_BTD in enumerate(out.mtp_hidden, start=1)
+            for depth, hidden_BTD in enumerate(mtp_hidden, start=1)
           ]
         )
       )
       metrics['mtp/loss'] = mtp_loss
       loss += mtp_coef * mtp_loss
-    if out.moe is not None:
-      loss += balance_coef * balance(out.moe, batch, metrics)
-    if indexer is not None:
-      # Of each layer Σ_t KL; queries of padding have none.
-      divergence = out.indexer_LBT.sum() / batch.num_tokens
-      metrics['indexer/divergence'] = divergence / out.indexer_LBT.shape[0]
-      loss = divergence if indexer.dense else loss + divergence
     return loss, metrics
 
-  return loss_fn
+  return objective.Objective(
+    config,
+    of_hidden,
+    mtp=mtp_coef > 0,
+    balance_coef=balance_coef,
+    indexer=getattr(config.attention, 'indexer', None),
+  )
 
 
 def untrained(mtp_coef: float) -> tuple[str, ...]:
   """Parts of the paths of parameters that `make_loss`'s loss does not see."""
   return () if mtp_coef > 0 else ('mtp_',)
-
-
-def balance(
-  out: moe.MoeMetrics, batch: types.Batch, metrics: dict[str, jax.Array]
-) -> jax.Array:
-  """Balance loss summed over layers, rows weighted by their tokens.
-
-  What is known of the experts' load is added to the metrics.
-  """
-  balance_LB = out.balance_B
-  metrics['moe/counts'] = out.counts_E
-  if sharding.axis_size('expert') > 1:
-    metrics[step_lib.OVERFLOW] = out.overflow.sum()
-  weight_B = batch.mask_BT.sum(1) / batch.num_tokens
-  total = jnp.einsum('LB,B->', balance_LB, weight_B)
-  metrics['moe/balance_loss'] = total / balance_LB.shape[0]
-  return total
 
 
 def _mtp_loss(hidden_BTD, head, batch, depth):

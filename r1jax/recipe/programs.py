@@ -117,6 +117,7 @@ def _train(
     seed=config.seed,
     title='train',
     with_reference=with_reference,
+    pipeline=config.mesh.pipeline,
   )
   return Program(
     stage.make_train_step(loss_fn),

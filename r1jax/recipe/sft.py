@@ -113,6 +113,7 @@ def run(
     tokenizer=path,
     untrained=pretrain.untrained(_MTP_COEF),
     profile_steps=profile_steps,
+    pipeline=config.mesh.pipeline,
   )
   loss_fn = pretrain.make_loss(
     model, mtp_coef=_MTP_COEF, balance_coef=config.train.balance_coef

@@ -14,8 +14,9 @@ from r1jax import config as config_lib
 from r1jax.model import config as model_config
 from r1jax.model import transformer
 from r1jax.parallel import mesh as mesh_lib
+from r1jax.parallel import pipeline as pipeline_lib
 from r1jax.parallel import sharding
-from r1jax.recipe import origin, tokenizer_files
+from r1jax.recipe import objective, origin, pipelined, tokenizer_files
 from r1jax.train import checkpoint, loop, metrics, optimizer, progress
 from r1jax.train import state as state_lib
 from r1jax.train import step as step_lib
@@ -84,6 +85,7 @@ class Stage:
       one that ships.
     untrained: Parts of the paths of parameters that the loss does not see.
     profile_steps: Steps to trace from step 10 on; 0 for none.
+    pipeline: How stages take turns, where the mesh axis `pipe` has several.
   """
 
   workdir: epath.Path
@@ -98,6 +100,7 @@ class Stage:
   tokenizer: str = ''
   untrained: tuple[str, ...] = ()
   profile_steps: int = 0
+  pipeline: pipeline_lib.PipelineConfig = pipeline_lib.PipelineConfig()
 
   def __post_init__(self):
     self.optimizer = optimizer.make_optimizer(
@@ -153,17 +156,42 @@ class Stage:
     )
     return state_lib.with_variables(state, variables)
 
-  def make_train_step(self, loss_fn: step_lib.LossFn) -> step_lib.TrainStep:
+  def make_gradient(self, loss_fn: objective.Objective) -> step_lib.Gradient:
+    """Of a batch cut into microbatches: one at a time, or in a pipeline.
+
+    Raises:
+      UserError: The pipeline does not fit the model or the microbatches.
+    """
+    num_microbatches = self.train.num_microbatches
+    if self.mesh.shape['pipe'] == 1:
+      return step_lib.make_gradient(
+        loss_fn,
+        num_microbatches=num_microbatches,
+        mesh=self.mesh,
+        shardings=self.shardings,
+      )
+    try:
+      return pipelined.make_gradient(
+        loss_fn,
+        self.pipeline,
+        self.mesh,
+        self.shardings,
+        num_microbatches=num_microbatches,
+      )
+    except ValueError as e:
+      raise config_lib.UserError(
+        f'mesh.pipe={self.mesh.shape["pipe"]}, train.num_microbatches='
+        f'{num_microbatches}: {e}'
+      ) from e
+
+  def make_train_step(self, loss_fn: objective.Objective) -> step_lib.TrainStep:
     """The jitted step, which donates its state."""
     train_step = step_lib.make_train_step(
-      loss_fn,
+      self.make_gradient(loss_fn),
       self.optimizer,
-      num_microbatches=self.train.num_microbatches,
       update_router=self._update_router(),
       reference_every=self.train.reference_every * self.with_reference,
       schedule=optimizer.make_schedule(self.optim, self.train.num_steps),
-      mesh=self.mesh,
-      shardings=self.shardings,
       stop_on_overflow=(
         self.model.moe is not None
         and self.model.moe.exchange.on_overflow == 'stop'
@@ -181,7 +209,7 @@ class Stage:
       return None
     return functools.partial(transformer.update_router, speed=speed)
 
-  def dry_run(self, loss_fn: step_lib.LossFn, batch: Any) -> dict[str, Any]:
+  def dry_run(self, loss_fn: objective.Objective, batch: Any) -> dict[str, Any]:
     """Compiles the train step for a batch's shapes and says what it takes."""
     state = self.abstract_state()
     count = sum(x.size for x in jax.tree.leaves(state.variables))
@@ -210,7 +238,7 @@ def run(
   stage: Stage,
   resolved: dict[str, Any],
   *,
-  loss_fn: step_lib.LossFn,
+  loss_fn: objective.Objective,
   make_source: Callable[[Callable[[int, dict[str, Any]], None]], loop.Source],
   evaluate: Callable[[Any], dict[str, float]] | None = None,
 ) -> state_lib.State:
@@ -228,6 +256,7 @@ def run(
     The last state.
   """
   train = stage.train
+  train_step = stage.make_train_step(loss_fn)  # Raises before anything is.
   shown = progress.Progress(train.num_steps, title=stage.title)
   start = time.perf_counter()
   state = None
@@ -299,7 +328,7 @@ def run(
       hooks.append(loop.Every(train.checkpoint_every, save, last))
       state = loop.fit(
         state,
-        stage.make_train_step(loss_fn),
+        train_step,
         source,
         num_steps=train.num_steps,
         hooks=hooks,
@@ -355,11 +384,6 @@ def make_mesh(
   config: mesh_lib.MeshConfig, devices: Sequence[jax.Device] | None = None
 ) -> jax.sharding.Mesh:
   """The mesh of (all) devices; a wrong size is the user's mistake."""
-  if config.pipe != 1:
-    raise config_lib.UserError(
-      f'mesh.pipe={config.pipe}: no stage trains in a pipeline yet; '
-      'mesh.pipe=1 and more of mesh.fsdp or mesh.expert would do'
-    )
   try:
     return mesh_lib.make_mesh(config, devices)
   except ValueError as e:

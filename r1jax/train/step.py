@@ -18,19 +18,19 @@ Metrics = dict[str, jax.Array]
 OVERFLOW = 'moe/overflow_tokens'
 SKIPPED = 'train/skipped'
 LossFn = Callable[[state_lib.Variables, Any], tuple[jax.Array, Metrics]]
+Gradient = Callable[
+  [state_lib.Variables, Any], tuple[tuple[jax.Array, Metrics], Any]
+]
 TrainStep = Callable[[state_lib.State, Any], tuple[state_lib.State, Metrics]]
 
 
 def make_train_step(
-  loss_fn: LossFn,
+  gradient: Gradient,
   optimizer: optax.GradientTransformation,
   *,
-  num_microbatches: int = 1,
   update_router: Callable[[Any, jax.Array], Any] | None = None,
   reference_every: int = 0,
   schedule: optax.Schedule | None = None,
-  mesh: jax.sharding.Mesh | None = None,
-  shardings: Any = None,
   stop_on_overflow: bool = False,
 ) -> TrainStep:
   """Returns (state, batch) -> (state, metrics); jit it with donate_argnums=0.
@@ -39,27 +39,17 @@ def make_train_step(
   step number as it was.
 
   Args:
-    loss_fn: (variables, batch) -> (loss, metrics). Loss and metrics are
-      divided by the batch's global normalisers, so microbatches add up.
+    gradient: From `make_gradient`, or a pipeline's.
     optimizer: Applied to variables['params']; its update may take the keyword
       `grad_norm`, the gradient's global norm.
-    num_microbatches: Parts the batch is cut into, one gradient at a time.
     update_router: (variables['router'], metrics['moe/counts']) -> router,
       with the counts of the whole batch; None leaves it as it is.
     reference_every: The reference becomes the new variables after each step
       that is a multiple of this; 0 never.
     schedule: Learning rate by count, shown as train/lr.
-    mesh: Devices; each computes the gradient of its own rows.
-    shardings: Of the variables on them.
     stop_on_overflow: A step with overflow counts as one that is not finite.
   """
   optimizer = optax.with_extra_args_support(optimizer)
-  gradient = make_gradient(
-    loss_fn,
-    num_microbatches=num_microbatches,
-    mesh=mesh,
-    shardings=shardings,
-  )
 
   def update(
     state: state_lib.State, grads: Any, grad_norm: jax.Array, metrics: Metrics
@@ -116,10 +106,15 @@ def make_gradient(
   num_microbatches: int = 1,
   mesh: jax.sharding.Mesh | None = None,
   shardings: Any = None,
-) -> Callable[..., Any]:
+) -> Gradient:
   """Returns (variables, batch) -> ((loss, metrics), grads of 'params').
 
-  Arguments as those of `make_train_step`.
+  Args:
+    loss_fn: (variables, batch) -> (loss, metrics). Loss and metrics are
+      divided by the batch's global normalisers, so microbatches add up.
+    num_microbatches: Parts the batch is cut into, one gradient at a time.
+    mesh: Devices; each computes the gradient of its own rows.
+    shardings: Of the variables on them.
   """
   gradient = _accumulate(_gradient_of(loss_fn), num_microbatches)
   if mesh is not None:

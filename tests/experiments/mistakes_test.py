@@ -91,9 +91,25 @@ def base(tmp_path):
       'and 1 for all others would do',
     ),
     (
-      {'mesh.data': 4, 'mesh.pipe': 2},
-      'mesh.pipe=2: no stage trains in a pipeline yet; mesh.pipe=1 and more '
-      'of mesh.fsdp or mesh.expert would do',
+      {'mesh.data': 4, 'mesh.pipe': 2, 'mesh.pipeline.schedule': 'dualpipe'},
+      'mesh.pipe=2, train.num_microbatches=1: DualPipe: num_microbatches=1 '
+      r'must be even and at least 2 \* num_ranks; 4 would do',
+    ),
+    (
+      {
+        'mesh.data': 2,
+        'mesh.pipe': 4,
+        'mesh.pipeline.schedule': 'dualpipe_v',
+        'train.num_microbatches': 8,
+        'batch_size': 16,
+      },
+      'mesh.pipe=4, train.num_microbatches=8: 8 stages for 2 layers: a '
+      'pipeline of at most 2 stages would do',
+    ),
+    (
+      {'mesh.data': 4, 'mesh.pipe': 2, 'train.num_microbatches': 4},
+      'batch_size=8 in 4 microbatches does not divide over 4 devices; on a '
+      'CPU --host_devices=1 makes it one device',
     ),
     (
       {'mesh.data': 3},

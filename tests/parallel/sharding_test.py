@@ -2,8 +2,6 @@
 
 import collections
 import dataclasses
-import functools
-import math
 import re
 
 import jax
@@ -11,17 +9,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from r1jax import types
-from r1jax.model import config as model_config
 from r1jax.model import transformer
 from r1jax.parallel import mesh as mesh_lib
 from r1jax.parallel import sharding
-from r1jax.recipe import pretrain
-from r1jax.train import step
 from tests.model import tiny
-
-_B, _T = 8, 8
-_CONFIG = dataclasses.replace(tiny.config(), num_layers=2, mtp_depth=1)
+from tests.parallel import model_gradient
 
 
 def _mesh(data, fsdp):
@@ -34,8 +26,10 @@ def _boxed(config):
 
 
 def test_axes_map_to_mesh_axes():
-  assert sharding.to_spec(('embed', None)) == P('fsdp', None)
-  assert sharding.to_spec((None, 'head_vocab')) == P(None, ('fsdp', 'tensor'))
+  assert sharding.to_spec(('embed', None)) == P(('fsdp', 'pipe'), None)
+  assert sharding.to_spec((None, 'head_vocab')) == P(
+    None, ('fsdp', 'tensor', 'pipe')
+  )
 
 
 def test_two_axes_on_one_mesh_axis_raise():
@@ -53,11 +47,13 @@ def test_unknown_axis_raises():
 
 
 def test_parameters_are_sharded_over_fsdp_and_stacked_layers_are_not():
-  shardings = sharding.tree_shardings(_mesh(2, 4), _boxed(_CONFIG))
+  shardings = sharding.tree_shardings(
+    _mesh(2, 4), _boxed(model_gradient.CONFIG)
+  )
   params = shardings['params']
-  assert params['embedding'].spec == P('tensor', 'fsdp')
+  assert params['embedding'].spec == P('tensor', ('fsdp', 'pipe'))
   assert params['moe']['moe']['gate'].spec == P(
-    None, 'expert', 'fsdp', 'tensor'
+    None, 'expert', ('fsdp', 'pipe'), 'tensor'
   )
   assert shardings['router']['moe']['moe']['bias'].spec == P()
 
@@ -76,10 +72,11 @@ def test_local_rows_of_the_only_process_are_the_whole_batch():
 
 
 def test_indivisible_parameter_is_named():
-  odd = dataclasses.replace(_CONFIG, vocab_size=66)
+  odd = dataclasses.replace(model_gradient.CONFIG, vocab_size=66)
   boxed = _boxed(odd)['params']
   message = (
-    r"'head'\] \(32, 66\): mesh axis fsdp=4 x tensor=1 does not divide 66"
+    r"'head'\] \(32, 66\): mesh axis fsdp=4 x tensor=1 x pipe=1 does not "
+    'divide 66'
   )
   with pytest.raises(ValueError, match=message):
     sharding.tree_shardings(_mesh(2, 4), {'head': boxed['head']})
@@ -101,84 +98,6 @@ def test_a_program_for_one_device_sees_its_own_rows():
   assert total == x_BT.sum()
 
 
-def _batch():
-  """Rows of two packed documents and padding, other lengths in each row."""
-  rng = np.random.default_rng(0)
-  segment_BT, position_BT = np.zeros((2, _B, _T), np.int32)
-  for b in range(_B):
-    first, end = b % 3 + 2, _T - b % 2
-    segment_BT[b, :end] = [1] * first + [2] * (end - first)
-    position_BT[b, :end] = [*range(first), *range(end - first)]
-  mask_BT = ((position_BT > 0) & (segment_BT > 0)).astype(np.float32)
-  return types.Batch(
-    tokens_BT=rng.integers(0, tiny.V, (_B, _T)).astype(np.int32),
-    mask_BT=mask_BT,
-    segment_BT=segment_BT,
-    position_BT=position_BT,
-    num_tokens=mask_BT.sum(),
-    num_sequences=np.float32(2 * _B),
-  )
-
-
-_SPARSE = dataclasses.replace(
-  _CONFIG,
-  num_dense_layers=2,
-  moe=None,
-  mtp_depth=0,
-  attention=dataclasses.replace(
-    _CONFIG.attention,
-    indexer=model_config.IndexerConfig(num_heads=2, head_dim=16, top_k=4),
-  ),
-)
-_GQA = dataclasses.replace(
-  _CONFIG,
-  mtp_depth=0,
-  tie_embeddings=True,
-  attention=model_config.GqaConfig(
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    rope=model_config.RopeConfig(theta=10000.0, interleaved=False),
-    qkv_bias=True,
-    qk_norm=True,
-  ),
-)
-_ONE_LAYER = dataclasses.replace(
-  _CONFIG, num_layers=1, num_dense_layers=0, mtp_depth=0
-)
-_CHUNKED = dataclasses.replace(_CONFIG, attention_implementation='chunked')
-_CONFIGS = {
-  'mla': _CONFIG,
-  'one_layer': _ONE_LAYER,
-  'sparse': _SPARSE,
-  'gqa': _GQA,
-  'chunked': _CHUNKED,
-}
-
-
-def _program(name, num_microbatches=1, **mesh):
-  """The gradient of a loss with MTP and balance terms, and its arguments."""
-  config = _CONFIGS[name]
-  mesh = {'data': 1, **mesh}
-  devices = jax.devices()[: math.prod(mesh.values())]
-  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(**mesh), devices)
-  shardings = transformer.shardings(config, mesh)
-  variables = jax.device_put(tiny.variables(config), shardings)
-  gradient = step.make_gradient(
-    pretrain.make_loss(config, mtp_coef=0.3, balance_coef=0.1),
-    num_microbatches=num_microbatches,
-    mesh=mesh,
-    shardings=shardings,
-  )
-  return jax.jit(gradient), variables, sharding.put_batch(mesh, _batch())
-
-
-@functools.cache
-def _loss_and_gradients(name, **options):
-  gradient, *args = _program(name, **options)
-  return jax.device_get(gradient(*args))
-
-
 _FAST = (
   ('one_layer', {'fsdp': 2, 'expert': 2, 'tensor': 2}),
   ('gqa', {'data': 2, 'tensor': 2, 'context': 2}),
@@ -187,6 +106,7 @@ _SLOW = (
   ('mla', {'data': 8}),
   ('mla', {'fsdp': 2, 'expert': 2, 'tensor': 2}),
   ('mla', {'data': 2, 'fsdp': 4}),
+  ('mla', {'pipe': 2, 'fsdp': 2, 'tensor': 2}),
   ('mla', {'data': 2, 'expert': 4}),
   ('mla', {'fsdp': 2, 'expert': 2, 'context': 2}),
   ('mla', {'expert': 2, 'tensor': 2, 'context': 2}),
@@ -201,7 +121,7 @@ _SLOW = (
 def one_device():
   """What the fast tests compare with, compiled once."""
   for name in ('one_layer', 'gqa'):
-    _loss_and_gradients(name)
+    model_gradient.loss_and_gradients(name)
 
 
 @pytest.mark.parametrize(
@@ -212,8 +132,8 @@ def test_any_mesh_gives_the_loss_and_gradients_of_one_device(
   name, mesh, one_device
 ):
   del one_device
-  (loss, metrics), grads = _loss_and_gradients(name, **mesh)
-  (one_loss, one_metrics), one_grads = _loss_and_gradients(name)
+  (loss, metrics), grads = model_gradient.loss_and_gradients(name, **mesh)
+  (one_loss, one_metrics), one_grads = model_gradient.loss_and_gradients(name)
   np.testing.assert_allclose(loss, one_loss, rtol=1e-6)
   if 'moe/counts' in one_metrics:
     np.testing.assert_array_equal(
@@ -225,10 +145,28 @@ def test_any_mesh_gives_the_loss_and_gradients_of_one_device(
   assert all(np.any(g) for g in jax.tree.leaves(grads))
 
 
+def test_logits_are_those_of_one_device_however_the_head_is_shared():
+  program = transformer.Transformer(model_gradient.CONFIGS['one_layer'])
+  logits = lambda variables, tokens: program.apply(
+    variables, tokens, method='logits'
+  )
+  variables = tiny.variables(program.config)
+  tokens_BT = model_gradient.batch().tokens_BT
+  sizes = {'data': 1, 'pipe': 2, 'fsdp': 2, 'tensor': 2}
+  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(**sizes))
+  shardings = transformer.shardings(program.config, mesh)
+  run = sharding.per_device(logits, mesh, (shardings, 'rows'), 'rows')
+  found_BTV = jax.jit(run)(
+    jax.device_put(variables, shardings), sharding.put_batch(mesh, tokens_BT)
+  )
+  expected_BTV = jax.jit(logits)(variables, tokens_BT)
+  np.testing.assert_allclose(found_BTV, expected_BTV, atol=2e-5)
+
+
 def _collectives(name, **mesh):
   """How often each kind of exchange stands in the compiled program."""
-  gradient, *args = _program(name, **mesh)
-  text = gradient.lower(*args).compile().as_text()
+  program, *args = model_gradient.program(name, **mesh)
+  text = program.lower(*args).compile().as_text()
   kinds = r' (all-\w+(?:-\w+)*|collective-\w+|reduce-scatter)(?:-start)?\('
   return collections.Counter(re.findall(kinds, text))
 

@@ -498,7 +498,8 @@ def _step_of_an_uneven_router():
     optimizer.OptimConfig(**micro.pretrain_dict()['optim']), 30
   )
   loss_fn = pretrain.make_loss(config, mtp_coef=0.0, balance_coef=0.0)
-  step = jax.jit(step_lib.make_train_step(loss_fn, adam))
+  gradient = step_lib.make_gradient(loss_fn)
+  step = jax.jit(step_lib.make_train_step(gradient, adam))
   return step, state_lib.init_state(lambda: variables, adam)
 
 

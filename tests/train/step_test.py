@@ -77,7 +77,9 @@ def test_a_non_finite_gradient_of_a_finite_loss_is_skipped():
   optimizer = optax.sgd(0.1)
   variables = {'params': {'w': jnp.zeros(())}}
   state = step_lib.state_lib.init_state(lambda: variables, optimizer)
-  state, metrics = step_lib.make_train_step(loss_fn, optimizer)(state, {})
+  state, metrics = step_lib.make_train_step(
+    step_lib.make_gradient(loss_fn), optimizer
+  )(state, {})
   assert metrics['train/loss'] == 0
   assert np.isinf(metrics['train/grad_norm'])
   assert float(state.variables['params']['w']) == 0

@@ -104,8 +104,13 @@ def abstract_state(shardings=None, **options) -> state_lib.State:
 
 
 @functools.cache
-def make_step(loss_fn=loss_fn, **options) -> step_lib.TrainStep:
+def make_step(
+  loss_fn=loss_fn, num_microbatches=1, **options
+) -> step_lib.TrainStep:
   step = step_lib.make_train_step(
-    loss_fn, make_optimizer(), update_router=update_router, **options
+    step_lib.make_gradient(loss_fn, num_microbatches=num_microbatches),
+    make_optimizer(),
+    update_router=update_router,
+    **options,
   )
   return jax.jit(step, donate_argnums=0)
