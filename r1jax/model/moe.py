@@ -56,9 +56,9 @@ class Moe(nn.Module):
     param = functools.partial(sharding.param, self, std=self.init_std)
     router_DE = param('router', (D, E), ('embed', None))
     param = functools.partial(param, dtype=self.dtype)
-    gate_EDF = param('gate', (E, D, F), ('experts', 'embed', 'mlp'))
-    up_EDF = param('up', (E, D, F), ('experts', 'embed', 'mlp'))
-    down_EFD = param('down', (E, F, D), ('experts', 'mlp', 'embed'))
+    gate_EDF = param('gate', (E, D, F), ('experts', 'expert_embed', 'mlp'))
+    up_EDF = param('up', (E, D, F), ('experts', 'expert_embed', 'mlp'))
+    down_EFD = param('down', (E, F, D), ('experts', 'mlp', 'expert_embed'))
     bias_E = jnp.zeros((E,), jnp.float32)
     if c.has_bias:
       bias_E = self.variable(

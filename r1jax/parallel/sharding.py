@@ -3,11 +3,11 @@
 Parameters name logical axes where they are created (`param`); a table says
 which mesh axis shards each. Programs are written for one device and run by
 `per_device`: they see their own rows and their own part of each parameter.
-Along `fsdp` a layer gathers its parameters when it needs them (`param`), and
-along `pipe` where no pipeline runs; along `tensor` it computes with its part
-between `fan_out` and `fan_in`; along `expert` tokens travel (expert.py). Every
-exchange is written out; outside `per_device`, or on one device, each of them
-does nothing.
+Along `fsdp` a layer gathers its parameters when it needs them (`param`), along
+`expert` those that are no expert's, along `pipe` where no pipeline runs. Along
+`tensor` it computes with its part between `fan_out` and `fan_in`, to the
+devices of `expert` tokens travel (expert.py). Every exchange is written out;
+outside `per_device`, or on one device, each of them does nothing.
 """
 
 import functools
@@ -30,15 +30,18 @@ from r1jax.losses import token
 ROW_AXES = ('data', 'fsdp', 'expert')
 BATCH_AXES = ('pipe', *ROW_AXES)
 
-# Mesh axes that together share parameters. A pipeline moves what its stages
-# need to them, `pipe` away, and the rest works on: how many parts there are
-# says along which axes a parameter is gathered. In a spec `pipe` comes last, so
+# Mesh axes that share parameters which are gathered to be used. What is no
+# expert's is shared by the devices of `expert` as well. A pipeline moves what
+# its stages need to them, `pipe` away, and the rest works on: how many parts
+# there are says along which axes a parameter is gathered. `pipe` comes last, so
 # that what its devices share lies side by side.
 _FSDP = ('fsdp', 'pipe')
+_FSDP_AND_EXPERT = ('fsdp', 'expert', 'pipe')
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
   # Weights.
-  'embed': _FSDP,
+  'embed': _FSDP_AND_EXPERT,
+  'expert_embed': _FSDP,  # Of weights with an axis of experts.
   'heads': 'tensor',
   'kv_heads': 'tensor',
   'mlp': 'tensor',
@@ -63,8 +66,8 @@ def param(
 ) -> jax.Array:
   """Creates (or reads) a float32 parameter with logical axes.
 
-  Inside `per_device` it is this device's part, gathered along `fsdp` only: of
-  heads, widths and experts each device has its own.
+  Inside `per_device` it is this device's part, gathered as this file's top
+  says: of heads, widths and experts each device has its own.
 
   Args:
     module: The linen module that owns it.
@@ -109,14 +112,15 @@ def gather(
   dtype = x.dtype if dtype is None else jnp.dtype(dtype)
   spec = to_spec(axes)
   for i, (local, whole) in enumerate(zip(x.shape, shape, strict=True)):
-    if local != whole and spec[i] == _FSDP:
-      x = _gather_axis(x, _fsdp_axes(whole // local), i, dtype)
+    if local != whole and 'fsdp' in _mesh_axes(spec[i]):
+      x = _gather_axis(x, _axes_of(spec[i], whole // local), i, dtype)
   return x.astype(dtype)
 
 
-def _fsdp_axes(num_parts: int) -> tuple[str, ...]:
-  """The mesh axes that so many parts of a parameter lie on."""
-  return _FSDP[:1] if num_parts == axis_size(_FSDP[0]) else _FSDP
+def _axes_of(axes: tuple[str, ...], num_parts: int) -> tuple[str, ...]:
+  """Those of a spec's mesh axes that so many parts of a parameter lie on."""
+  inside = tuple(a for a in axes if a != 'pipe')
+  return inside if num_parts == math.prod(map(axis_size, inside)) else axes
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
@@ -145,8 +149,8 @@ def look_up(
   """Rows of an embedding, [B, T, dim].
 
   Each device may have some of its rows, along `tensor`, and of these some
-  columns, along `fsdp`; for the latter tokens are gathered and columns
-  exchanged, so that no device ever has all of it.
+  columns, along `fsdp` and `expert`; for the latter tokens are gathered and
+  columns exchanged, so that no device ever has all of it.
   """
   num_rows, num_columns = embedding.shape
   if num_rows == vocab_size:
@@ -161,7 +165,7 @@ def look_up(
 
   if num_columns == dim:
     return take(tokens_BT)
-  axes = _fsdp_axes(dim // num_columns)
+  axes = _axes_of(_FSDP_AND_EXPERT, dim // num_columns)
   part_nBTd = take(jax.lax.all_gather(tokens_BT, axes))
   return jax.lax.all_to_all(
     part_nBTd, axes, split_axis=0, concat_axis=3, tiled=True
@@ -272,7 +276,7 @@ def share_columns(w_DV: jax.Array, num_columns: int) -> token.Head:
   over_fsdp = parts // over_tensor
   fsdp, axes = (), ('tensor',)
   if over_fsdp > 1:
-    fsdp = _fsdp_axes(over_fsdp)
+    fsdp = _axes_of(_FSDP, over_fsdp)
     axes = ('fsdp', 'tensor', *fsdp[1:])
   index = jax.lax.axis_index(axes)
 
@@ -364,11 +368,21 @@ def tree_shardings(mesh: Mesh, boxed: Any) -> Any:
 
 
 def for_sampling(shardings: Any) -> Any:
-  """Where variables lie to be sampled from: whole along `fsdp`.
+  """Where variables lie to be sampled from: nothing is gathered to be used.
 
-  A step of decoding is too short to gather them in each layer.
+  A step of decoding is too short to do so in each layer.
   """
-  return jax.tree.map(lambda target: without(target, _FSDP), shardings)
+
+  def own(entry):
+    axes = _mesh_axes(entry)
+    if 'fsdp' not in axes:
+      return entry
+    return 'tensor' if 'tensor' in axes else None
+
+  return jax.tree.map(
+    lambda target: NamedSharding(target.mesh, P(*map(own, target.spec))),
+    shardings,
+  )
 
 
 def without(target: NamedSharding, mesh_axes: Sequence[str]) -> NamedSharding:

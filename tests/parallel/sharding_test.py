@@ -26,7 +26,9 @@ def _boxed(config):
 
 
 def test_axes_map_to_mesh_axes():
-  assert sharding.to_spec(('embed', None)) == P(('fsdp', 'pipe'), None)
+  assert sharding.to_spec(('embed', None)) == P(
+    ('fsdp', 'expert', 'pipe'), None
+  )
   assert sharding.to_spec((None, 'head_vocab')) == P(
     None, ('fsdp', 'tensor', 'pipe')
   )
@@ -51,7 +53,7 @@ def test_parameters_are_sharded_over_fsdp_and_stacked_layers_are_not():
     _mesh(2, 4), _boxed(model_gradient.CONFIG)
   )
   params = shardings['params']
-  assert params['embedding'].spec == P('tensor', ('fsdp', 'pipe'))
+  assert params['embedding'].spec == P('tensor', ('fsdp', 'expert', 'pipe'))
   assert params['moe']['moe']['gate'].spec == P(
     None, 'expert', ('fsdp', 'pipe'), 'tensor'
   )
