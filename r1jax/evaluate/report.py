@@ -11,13 +11,14 @@ from typing import Any
 import jax
 from etils import epath
 
-from r1jax.evaluate import completions, curves, markup, results
+from r1jax.evaluate import completions, curves, markup, pipelines, results
 from r1jax.evaluate import runs as runs_lib
 
 _PACKAGES = ('r1jax', 'jax', 'jaxlib', 'flax', 'optax', 'numpy')
 _SECTIONS = {
   'results': 'Results',
   'curves': 'Curves',
+  'pipeline': 'Pipeline',
   'completions': 'Completions',
   'samples': 'Samples',
   'config': 'Config',
@@ -54,6 +55,7 @@ def write_report(
   sections = {
     'results': results.section(evaluated),
     'curves': curves.section(runs),
+    'pipeline': pipelines.section(runs),
     'completions': completions.comparisons_section(comparisons, titles),
     'samples': completions.samples_section(runs),
     'config': _config(runs),
