@@ -28,5 +28,5 @@ def get_config() -> ml_collections.ConfigDict:
     row_length=8192,
     rows_multiple=512,
   )
-  config.mesh = {'data': 1, 'fsdp': -1, 'expert': 64, 'tensor': 4}
+  config.mesh.update({'data': 1, 'fsdp': -1, 'expert': 64, 'tensor': 4})
   return config

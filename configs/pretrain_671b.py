@@ -46,5 +46,5 @@ def get_config() -> ml_collections.ConfigDict:
     schedule='v3',
   )
   config.train.num_steps = 3_529_000  # 14.8 T tokens of 1,024 x 4,096.
-  config.mesh = {'data': 1, 'fsdp': -1, 'expert': 32}
+  config.mesh.update({'data': 1, 'fsdp': -1, 'expert': 32})
   return config

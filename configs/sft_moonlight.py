@@ -21,5 +21,5 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.template = 'plain'
   config.row_length = 8192  # tokens
   config.train.num_microbatches = 16  # One row for each chip at a time.
-  config.mesh = {'data': 1, 'fsdp': -1, 'expert': 4}
+  config.mesh.update({'data': 1, 'fsdp': -1, 'expert': 4})
   return config
