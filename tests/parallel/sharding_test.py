@@ -2,11 +2,13 @@
 
 import collections
 import dataclasses
+import math
 import re
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from r1jax.model import transformer
@@ -71,6 +73,46 @@ def test_local_rows_of_the_only_process_are_the_whole_batch():
     assert local[name].sharding == whole[name].sharding
   counts = np.array([5.0, 2.0])
   np.testing.assert_array_equal(sharding.sum_over_processes(counts), counts)
+
+
+@pytest.mark.parametrize(
+  'axes',
+  [
+    ('layers', 'embed'),
+    ('layers', 'mlp', 'expert_embed'),
+    ('layers', 'head_vocab'),
+    ('layers', None),
+  ],
+)
+def test_stages_of_a_pipeline_get_the_same_numbers_and_give_them_back(axes):
+  sizes = {'data': 1, 'pipe': 2, 'fsdp': 2, 'tensor': 2}
+  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(**sizes))
+  rest = (4, 16)[3 - len(axes) :]
+  x = np.arange(4 * 5 * math.prod(rest), dtype=np.float32).reshape(4, 5, *rest)
+  shared = NamedSharding(mesh, P(None, *sharding.to_spec(axes)))
+  stack = NamedSharding(mesh, sharding.to_spec(axes))
+  staged = sharding.of_stages(stack)
+  assert staged.spec[0] == 'pipe' and 'pipe' not in str(staged.spec[1:])
+  spread = sharding.per_device(
+    lambda x: sharding.spread_stages(x, stack), mesh, (shared,), staged
+  )
+  collect = sharding.per_device(
+    lambda x: sharding.collect_stages(x, stack), mesh, (staged,), shared
+  )
+  in_place = jax.jit(spread)(jax.device_put(x, shared))
+  np.testing.assert_array_equal(in_place, x)
+  np.testing.assert_array_equal(jax.jit(collect)(in_place), x)
+  # What the ends of a pipeline have, likewise.
+  joined = sharding.without(shared, ('pipe',))
+  join = sharding.per_device(
+    lambda x: sharding.join_pipe(x, shared), mesh, (shared,), joined
+  )
+  share = sharding.per_device(
+    lambda x: sharding.share_pipe(x, shared), mesh, (joined,), shared
+  )
+  whole = jax.jit(join)(jax.device_put(x, shared))
+  np.testing.assert_array_equal(whole, x)
+  np.testing.assert_array_equal(jax.jit(share)(whole), x)
 
 
 def test_indivisible_parameter_is_named():
