@@ -9,8 +9,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-# Choices of a token that are worked off without a loop.
-_UNROLLED = 2
+# Tokens whose sums are held in float32.
+_TOKENS_AT_ONCE = 1024
 
 
 @jax.tree_util.register_dataclass
@@ -181,20 +181,15 @@ def _combine_fwd(y_mD, weight_TK, layout):
 
 def _combine_bwd(saved, grad_TD):
   y_mD, weight_TK, layout = saved
-  grad_weight_KT = _over_choices(
-    lambda slot_T: jnp.einsum(
-      'TD,TD->T',
-      _take(y_mD, slot_T),
-      grad_TD,
-      preferred_element_type=jnp.float32,
-    ),
-    layout.slot_TK.T,
+  pull_mD = _take(grad_TD, layout.source_m)
+  # By row, of which there are fewer than choices where most are elsewhere.
+  grad_weight_m = jnp.einsum(
+    'mD,mD->m', y_mD, pull_mD, preferred_element_type=jnp.float32
   )
-  weight_m = of_rows(weight_TK, layout)
-  grad_mD = _take(grad_TD, layout.source_m) * weight_m[:, None]
+  grad_mD = pull_mD * of_rows(weight_TK, layout)[:, None]
   return (
     grad_mD.astype(y_mD.dtype),
-    _masked(grad_weight_KT.T.astype(weight_TK.dtype), layout),
+    of_choices(grad_weight_m, layout).astype(weight_TK.dtype),
     None,
   )
 
@@ -207,33 +202,27 @@ def weighted_sum(
 ) -> jax.Array:
   """Σ_k weight[t, k] · rows[slot[t, k]], [T, D] in the dtype of the rows.
 
-  One choice of each token after the other, summed in float32: all of them at
-  once would be K times the result. A slot past the last row is the last row.
+  Summed in float32, one choice of each token after the other: all of them at
+  once would be K times the result. Of many tokens some at a time, so that no
+  float32 sum of all is ever held. A slot past the last row is the last row.
   """
 
-  def add(total_TD, slot_T, weight_T):
-    row_TD = _take(rows_mD, slot_T).astype(jnp.float32)
-    return total_TD + row_TD * weight_T.astype(jnp.float32)[:, None]
+  def of_tokens(slot_TK, weight_TK):
+    total_TD = jnp.zeros((len(slot_TK), rows_mD.shape[1]), jnp.float32)
+    for slot_T, weight_T in zip(slot_TK.T, weight_TK.T, strict=True):
+      row_TD = _take(rows_mD, slot_T).astype(jnp.float32)
+      total_TD += row_TD * weight_T.astype(jnp.float32)[:, None]
+    return total_TD.astype(rows_mD.dtype)
 
-  T, K = slot_TK.shape
-  total_TD = jnp.zeros((T, rows_mD.shape[1]), jnp.float32)
-  if K <= _UNROLLED:
-    for k in range(K):
-      total_TD = add(total_TD, slot_TK[:, k], weight_TK[:, k])
-  else:
-    total_TD, _ = jax.lax.scan(
-      lambda total, xs: (add(total, *xs), None),
-      total_TD,
-      (slot_TK.T, weight_TK.T),
-    )
-  return total_TD.astype(rows_mD.dtype)
-
-
-def _over_choices(function, slot_KT):
-  """Results stacked, [K, …]."""
-  if len(slot_KT) <= _UNROLLED:
-    return jnp.stack([function(slot_T) for slot_T in slot_KT])
-  return jax.lax.map(function, slot_KT)
+  T = len(slot_TK)
+  if T <= _TOKENS_AT_ONCE:
+    return of_tokens(slot_TK, weight_TK)
+  padded = lambda x: jnp.pad(x, ((0, -T % _TOKENS_AT_ONCE), (0, 0)))
+  parts = lambda x: padded(x).reshape(-1, _TOKENS_AT_ONCE, x.shape[1])
+  out_pTD = jax.lax.map(
+    lambda xs: of_tokens(*xs), (parts(slot_TK), parts(weight_TK))
+  )
+  return out_pTD.reshape(-1, rows_mD.shape[1])[:T]
 
 
 def _take(rows: jax.Array, index: jax.Array) -> jax.Array:

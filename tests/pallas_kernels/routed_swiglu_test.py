@@ -249,3 +249,16 @@ def test_combine_and_its_vjp_are_a_plain_weighted_gathers(kind):
   np.testing.assert_allclose(out_TD, expected_TD, atol=1e-6)
   for grad, other in zip(grads, expected, strict=True):
     np.testing.assert_allclose(grad, other, atol=1e-6)
+
+
+@pytest.mark.parametrize('num_tokens', [5, 1024, 2500])
+def test_a_weighted_sum_is_that_of_all_choices_however_many_tokens(num_tokens):
+  rng = np.random.default_rng(0)
+  rows_mD = rng.normal(size=(7, 3)).astype(np.float32)
+  slot_TK = rng.integers(0, 9, (num_tokens, 4)).astype(np.int32)
+  weight_TK = rng.normal(size=slot_TK.shape).astype(np.float32)
+  found_TD = jax.jit(layout_lib.weighted_sum)(rows_mD, slot_TK, weight_TK)
+  # A slot past the last row is the last.
+  each_TKD = rows_mD[np.minimum(slot_TK, 6)]
+  expected_TD = np.einsum('TKD,TK->TD', each_TKD, weight_TK)
+  np.testing.assert_allclose(found_TD, expected_TD, atol=1e-5)
