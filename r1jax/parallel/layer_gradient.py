@@ -39,10 +39,6 @@ class Arguments:
   frozen: Tree
   context: Tree
 
-  @property
-  def leaves(self) -> list[jax.Array]:
-    return jax.tree.leaves((self.params, self.frozen, self.context))
-
 
 class LayerGradient:
   """The gradient of one kind of layer, for what its forward keeps.

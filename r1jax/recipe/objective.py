@@ -30,6 +30,8 @@ class Objective:
     mtp: Run the MTP modules.
     balance_coef: α of the sequence-wise balance loss, summed over layers. Rows
       are weighted by their tokens.
+    indexer: Of sparse attention, if it learns: its divergence is added, which
+      no other parameter sees; in its dense warm-up it is the whole loss.
   """
 
   model: model_config.ModelConfig

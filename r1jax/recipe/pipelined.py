@@ -40,7 +40,7 @@ def split_layers(
   least, more = divmod(total, num_stages)
   by_load = [*range(1, num_stages - 1), 0, num_stages - 1]
   sizes = [least] * num_stages
-  for stage in by_load[:more] if num_stages > 1 else ():
+  for stage in by_load[:more]:
     sizes[stage] += 1
   counts, first = {name: [] for name in _STACKS}, 0
   for size in sizes:
@@ -165,13 +165,16 @@ def make_functions(
       c, batch.segment_BT, batch.position_BT, None, mode()
     )
 
-  def layer(is_moe, params, frozen, x_BTD, context):
-    of_attention, batch = context
-    x_BTD, _, metrics = block_lib.Block(c, is_moe, mode()).apply(
-      {'params': params, 'router': frozen}, x_BTD, of_attention, None, 0
-    )
-    sums = objective.layer_sums(metrics, batch)
-    return x_BTD, objective.of_layers(sums), sums
+  def make_layer(is_moe):
+    def layer(params, frozen, x_BTD, context):
+      of_attention, batch = context
+      x_BTD, _, metrics = block_lib.Block(c, is_moe, mode()).apply(
+        {'params': params, 'router': frozen}, x_BTD, of_attention, None, 0
+      )
+      sums = objective.layer_sums(metrics, batch)
+      return x_BTD, objective.of_layers(sums), sums
+
+    return layer
 
   def head(ends, x_BTD, batch):
     hidden_BTD, mtp_hidden, of_mtp = model.apply(
@@ -191,15 +194,12 @@ def make_functions(
     loss += sum(objective.of_layers(s) for s in sums)
     return loss, {'own': metrics, 'layers': sums}
 
-  def bound(is_moe: bool) -> Callable[..., Any]:
-    return lambda *args: layer(is_moe, *args)
-
   return executor.Functions(
     embed=lambda ends, batch: transformer.embed(
       c, ends['params']['embedding'], batch.tokens_BT, mode()
     ),
     stacks={
-      name: executor.Stack(bound(name == 'moe'), num_layers[name])
+      name: executor.Stack(make_layer(name == 'moe'), num_layers[name])
       for name in num_layers
     },
     head=head,

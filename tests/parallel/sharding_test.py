@@ -93,26 +93,17 @@ def test_stages_of_a_pipeline_get_the_same_numbers_and_give_them_back(axes):
   stack = NamedSharding(mesh, sharding.to_spec(axes))
   staged = sharding.of_stages(stack)
   assert staged.spec[0] == 'pipe' and 'pipe' not in str(staged.spec[1:])
-  spread = sharding.per_device(
-    lambda x: sharding.spread_stages(x, stack), mesh, (shared,), staged
-  )
-  collect = sharding.per_device(
-    lambda x: sharding.collect_stages(x, stack), mesh, (staged,), shared
-  )
-  in_place = jax.jit(spread)(jax.device_put(x, shared))
-  np.testing.assert_array_equal(in_place, x)
-  np.testing.assert_array_equal(jax.jit(collect)(in_place), x)
-  # What the ends of a pipeline have, likewise.
   joined = sharding.without(shared, ('pipe',))
-  join = sharding.per_device(
-    lambda x: sharding.join_pipe(x, shared), mesh, (shared,), joined
-  )
-  share = sharding.per_device(
-    lambda x: sharding.share_pipe(x, shared), mesh, (joined,), shared
-  )
-  whole = jax.jit(join)(jax.device_put(x, shared))
-  np.testing.assert_array_equal(whole, x)
-  np.testing.assert_array_equal(jax.jit(share)(whole), x)
+  for there, back, target, moved in (
+    (sharding.spread_stages, sharding.collect_stages, stack, staged),
+    (sharding.join_pipe, sharding.share_pipe, shared, joined),
+  ):
+    run = lambda function, source, goal, of=target: jax.jit(
+      sharding.per_device(lambda x: function(x, of), mesh, (source,), goal)
+    )
+    in_place = run(there, shared, moved)(jax.device_put(x, shared))
+    np.testing.assert_array_equal(in_place, x)
+    np.testing.assert_array_equal(run(back, moved, shared)(in_place), x)
 
 
 def test_indivisible_parameter_is_named():
