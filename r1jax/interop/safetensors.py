@@ -100,6 +100,11 @@ class Reader:
           f'{folder / INDEX} says that {name} is in {file}, it is '
           f'{"nowhere" if entry is None else "in " + entry.file.name}'
         )
+    if index and (unlisted := sorted(self.entries.keys() - index.keys())):
+      file = self.entries[unlisted[0]].file
+      raise config_lib.UserError(
+        f'{file} holds {unlisted[0]}, which {folder / INDEX} does not list'
+      )
 
   def read(
     self,

@@ -133,7 +133,7 @@ def _twice(folder):
   (folder / 'more.safetensors').write_bytes(raw)
 
 
-def _index(weight_map):
+def _wrong_index(weight_map):
   def damage(folder):
     text = json.dumps({'weight_map': weight_map})
     (folder / safetensors.INDEX).write_text(text)
@@ -164,8 +164,18 @@ def _nothing(folder):
     (_shape, r'sizes \(2, .3., 0, 24\) of a are no integers'),
     (_named_twice, 'the header of .*model.safetensors has a twice'),
     (_twice, 'tensor a is both in model.safetensors and in more.safetensors'),
-    (_index({'a': 'gone.safetensors'}), 'names gone.safetensors, which does'),
-    (_index({'d': 'model.safetensors'}), 'd is in model.safetensors, it is no'),
+    (
+      _wrong_index({'a': 'gone.safetensors'}),
+      'names gone.safetensors, which does',
+    ),
+    (
+      _wrong_index({'d': 'model.safetensors'}),
+      'd is in model.safetensors, it is no',
+    ),
+    (
+      _wrong_index({'a': 'model.safetensors'}),
+      'model.safetensors holds b, which .*index.json does not list',
+    ),
     (_no_index, 'is no safetensors index'),
     (_nothing, 'holds no safetensors file'),
   ],
