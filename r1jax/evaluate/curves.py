@@ -55,6 +55,7 @@ CATALOGUE = (
   Chart('Groups without variance', ('rl/zero_variance_groups',)),
   Chart('Clipped tokens', ('rl/clip_fraction',), 'of tokens', True),
   Chart('Expert load', ('moe/max_vio*',), 'MaxVio, max/mean − 1'),
+  Chart('Devices of experts', ('rl/expert_balance*',), 'load, max/mean'),
   Chart('MTP loss', ('mtp/loss*',), 'nats per token'),
   Chart('MTP drafts accepted', ('mtp/accept*',), '', True, _UNIT),
   Chart('Gradient norm', ('train/grad_norm',), log=True),

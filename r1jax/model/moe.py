@@ -11,7 +11,11 @@ from pallas_kernels.routed_swiglu import ops as routed_swiglu_ops
 from r1jax.model import config as model_config
 from r1jax.model import layers, router
 from r1jax.parallel import expert as expert_parallel
-from r1jax.parallel import sharding
+from r1jax.parallel import load_balance, sharding
+
+# The collection of where replicas of experts lie, in variables that have some:
+# 'replica' [E, X] and 'count' [E] of each layer, see `load_balance.Placement`.
+PLACEMENT = 'placement'
 
 
 @jax.tree_util.register_dataclass
@@ -76,12 +80,24 @@ class Moe(nn.Module):
       expert_BTK, weight_BTK = router.route(score_BTE, bias_E, config=c)
     with jax.named_scope('experts'):
       flat = lambda a: a.reshape(-1, a.shape[-1])
+      slot_TK, is_placed = (
+        flat(expert_BTK),
+        self.has_variable(PLACEMENT, 'count'),
+      )
+      if is_placed:
+        slot_TK = load_balance.spread(
+          slot_TK,
+          self.get_variable(PLACEMENT, 'replica'),
+          self.get_variable(PLACEMENT, 'count'),
+          start=sharding.batch_index(),
+        )
       out_TD, overflow = _run_experts(
         flat(sharding.fan_out(x_BTD)),
-        flat(expert_BTK),
+        slot_TK,
         flat(sharding.fan_out(weight_BTK)),
         (gate_EDF, up_EDF, down_EFD),
         c,
+        is_placed=is_placed,
       )
       out_BTD = sharding.fan_in(out_TD).reshape(x_BTD.shape)
     metrics = MoeMetrics(
@@ -97,8 +113,10 @@ class Moe(nn.Module):
     return out_BTD, metrics
 
 
-def _run_experts(x_TD, expert_TK, weight_TK, weights, config):
+def _run_experts(x_TD, expert_TK, weight_TK, weights, config, *, is_placed):
   """The routed part on one device: its tokens, or what its experts are sent.
+
+  If they are placed, experts are replicas, of which a group's lie anywhere.
 
   Returns the sums [T, D] and the overflow.
   """
@@ -109,17 +127,18 @@ def _run_experts(x_TD, expert_TK, weight_TK, weights, config):
     implementation=c.implementation,
   )
   num_local = weights[0].shape[0]
-  if num_local == c.num_experts:
+  num_ranks = sharding.axis_size(expert_parallel.AXIS)
+  if num_ranks == 1:
     out_TD = run(x_TD, expert_TK, weight_TK.astype(dtype), *weights)
     return out_TD, jnp.zeros(())
   T, K = expert_TK.shape
   limits = expert_parallel.limits(
     T,
-    num_ranks=c.num_experts // num_local,
-    num_experts=c.num_experts,
+    num_ranks=num_ranks,
+    num_experts=num_ranks * num_local,
     top_k=K,
-    num_groups=c.num_groups,
-    top_groups=c.top_groups,
+    num_groups=1 if is_placed else c.num_groups,
+    top_groups=1 if is_placed else c.top_groups,
     receive_factor=c.exchange.receive_factor,
   )
   plan = expert_parallel.plan(expert_TK, num_local, limits)

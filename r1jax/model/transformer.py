@@ -14,7 +14,7 @@ from r1jax.model import block as block_lib
 from r1jax.model import cache as cache_lib
 from r1jax.model import config as model_config
 from r1jax.model import router as router_lib
-from r1jax.parallel import sharding
+from r1jax.parallel import load_balance, sharding
 
 _EMBEDDING_AXES = ('vocab', 'embed')
 _HEAD_AXES = (None, 'head_vocab')
@@ -391,6 +391,48 @@ def unstack_layers(variables: Any, config: model_config.ModelConfig) -> Any:
   if not config.scan_layers:
     return variables
   return {name: unstack(tree) for name, tree in variables.items()}
+
+
+def with_replicas(
+  variables: Any,
+  config: model_config.ModelConfig,
+  placement: load_balance.Placement,
+) -> Any:
+  """Variables to sample from, with replicas in place of experts.
+
+  Inside `per_device`, this device's. They need scan_layers=False, or
+  `unstack_layers` after this. MTP modules, which sampling does not use, are
+  left out.
+
+  Args:
+    variables: Where they lie to be sampled from.
+    config: Of the model.
+    placement: Of its MoE layers, in their order.
+  """
+  params = {
+    name: tree
+    for name, tree in variables['params'].items()
+    if not name.startswith('mtp_')
+  }
+  count = config.num_layers - config.num_dense_layers
+  if config.scan_layers:
+    stacks = {'moe': slice(0, count)}
+  else:
+    stacks = {f'moe_{i}': slice(i, i + 1) for i in range(count)}
+  placed = {}
+  for name, rows in stacks.items():
+    part = jax.tree.map(lambda x, rows=rows: x[rows], placement)
+    stack = lambda x: x if config.scan_layers else x[None]
+    unstack = lambda x: x if config.scan_layers else x[0]
+    layer = dict(params[name]['moe'])
+    for weight in ('gate', 'up', 'down'):
+      layer[weight] = unstack(
+        load_balance.physical_weights(stack(layer[weight]), part)
+      )
+    params[name] = {**params[name], 'moe': layer}
+    where = {'replica': part.replica_LEX, 'count': part.count_LE}
+    placed[name] = {'moe': jax.tree.map(unstack, where)}
+  return {**variables, 'params': params, moe.PLACEMENT: placed}
 
 
 def update_router(router: Any, counts_LE: jax.Array, *, speed: float) -> Any:

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from r1jax.parallel import sharding
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,12 @@ class Placement:
       self.replica_LEX, ((0, 0), (0, 0), (0, width - X)), constant_values=-1
     )
     return dataclasses.replace(self, replica_LEX=replica_LEX)
+
+
+def in_order(num_layers: int, num_experts: int) -> Placement:
+  """One replica of each expert, where it lies without a placement."""
+  expert_LE = np.tile(np.arange(num_experts, dtype=np.int32), (num_layers, 1))
+  return Placement(expert_LE, expert_LE[..., None], np.ones_like(expert_LE))
 
 
 def rebalance(
@@ -175,23 +183,56 @@ def moving_average(
 def physical_weights(weight: jax.Array, placement: Placement) -> jax.Array:
   """Copies the weights of experts to their replicas.
 
+  Inside `per_device` from this device's experts to its replicas: the experts
+  of a layer go round all devices of `expert`, and each takes what it needs, so
+  that there are never more than two devices' experts of a layer beside both.
+
   Args:
-    weight: [L, E, ...], of numpy or jax.
+    weight: [L, E, ...], of numpy or jax; inside `per_device` this device's
+      part along E.
     placement: Of the same L and E.
 
   Returns:
-    [L, R, ...], of numpy or jax as the weights are.
+    [L, R, ...], of numpy or jax as the weights are; this device's part along R.
 
   Raises:
     ValueError: The weights have other layers or experts.
   """
   L, E = placement.count_LE.shape
-  if weight.shape[:2] != (L, E):
+  num_devices = sharding.axis_size('expert')
+  if weight.shape[:2] != (L, E // num_devices):
     raise ValueError(
       f'weight.shape={tuple(weight.shape)}; the placement is for '
-      f'[{L}, {E}, ...]'
+      f'[{L}, {E // num_devices}, ...]'
     )
-  return weight[np.arange(L)[:, None], placement.expert_LR]
+  if num_devices == 1:
+    return weight[np.arange(L)[:, None], placement.expert_LR]
+  return jax.lax.map(
+    lambda layer: _pick_on_the_way(*layer, num_devices),
+    (weight, jnp.asarray(placement.expert_LR)),
+  )
+
+
+def _pick_on_the_way(
+  own: jax.Array, expert_R: jax.Array, num_devices: int
+) -> jax.Array:
+  """This device's replicas of one layer; `own` are its experts."""
+  me = jax.lax.axis_index('expert')
+  e, r = len(own), len(expert_R) // num_devices
+  expert_r = jax.lax.dynamic_slice_in_dim(expert_R, me * r, r)
+  ring = [(i, (i + 1) % num_devices) for i in range(num_devices)]
+
+  def turn(i, carry):
+    passing, out = carry
+    owner = (me - i) % num_devices
+    place_r = jnp.clip(expert_r - owner * e, 0, e - 1)
+    is_here_r = expert_r // e == owner
+    is_here = is_here_r.reshape(-1, *[1] * (own.ndim - 1))
+    out = jnp.where(is_here, passing[place_r], out)
+    return jax.lax.ppermute(passing, 'expert', ring), out
+
+  nothing = jnp.zeros((r, *own.shape[1:]), own.dtype)
+  return jax.lax.fori_loop(0, num_devices, turn, (own, nothing))[1]
 
 
 def spread(

@@ -582,6 +582,11 @@ def axis_size(axis: str) -> int:
   return mesh.shape[axis] if axis in mesh.manual_axes else 1
 
 
+def batch_index() -> int | jax.Array:
+  """Number of this device among those that share a batch; 0 outside."""
+  return jax.lax.axis_index(BATCH_AXES) if _is_local() else 0
+
+
 def sum_rows(tree: Any) -> Any:
   """Adds up over the devices that share a batch, inside `per_device`."""
   return jax.lax.psum(tree, BATCH_AXES) if _is_local() else tree

@@ -17,7 +17,7 @@ from r1jax.losses import token
 from r1jax.model import config as model_config
 from r1jax.model import transformer
 from r1jax.parallel import sharding
-from r1jax.recipe import scoring
+from r1jax.recipe import expert_balance, scoring
 from r1jax.rl import packing
 from r1jax.rl.reward import grading
 from r1jax.sampling import filters, generate
@@ -35,6 +35,11 @@ class RolloutConfig:
     sampling: Temperature; top_k and top_p must keep all tokens.
     num_minibatches: Optimizer steps per rollout; divides the groups trained.
     rule: How completions are graded, one of `grading.RULES`.
+    redundant_experts: Replicas beyond one of each expert that the sampler has,
+      of those with most load; 0 for none.
+    rebalance_every: Measure the load of experts and place replicas anew each
+      so many batches of groups.
+    load_decay: Of the load's moving average.
     max_rollouts: Sample up to this many rollouts until `num_prompts` groups
       have rewards that differ; 1 trains on every rollout as it comes.
     row_length: Tokens of a packed training row.
@@ -59,6 +64,9 @@ class RolloutConfig:
   gap_every: int
   samples_every: int
   rule: str = 'tokens'
+  redundant_experts: int = 0
+  rebalance_every: int = 1
+  load_decay: float = 0.9
 
   def __post_init__(self):
     if self.rule not in grading.RULES:
@@ -67,7 +75,10 @@ class RolloutConfig:
       )
     check = functools.partial(config_lib.check_at_least, self)
     check(1, 'num_prompts', 'max_prompt_tokens', 'max_new_tokens')
-    check(1, 'max_rollouts', 'rows_multiple')
+    check(1, 'max_rollouts', 'rows_multiple', 'rebalance_every')
+    check(0, 'redundant_experts', 'load_decay')
+    if self.load_decay >= 1:
+      raise ValueError(f'load_decay={self.load_decay} must be below 1')
     check(0, 'format_weight', 'accuracy_weight', 'gap_every', 'samples_every')
     if self.group_size < 2:
       raise ValueError(
@@ -223,6 +234,14 @@ class GrpoSource:
     self._logp = jax.jit(
       make_logp(model, mesh, temperature=config.sampling.temperature)
     )
+    self._experts = None
+    if config.redundant_experts:
+      self._experts = expert_balance.ExpertBalance(
+        model,
+        mesh,
+        redundant=config.redundant_experts,
+        decay=config.load_decay,
+      )
     self._num_rollouts = 0
     self._num_batches = 0
     self._pending: list[types.PolicyBatch] = []
@@ -234,16 +253,21 @@ class GrpoSource:
     return sharding.put_batch(self._mesh, self._pending.pop(0))
 
   def get_state(self) -> dict[str, Any]:
-    return {
+    state = {
       'num_rollouts': self._num_rollouts,
       'num_batches': self._num_batches,
       'pending': [vars(b) for b in self._pending],
     }
+    if self._experts is not None:
+      state['experts'] = self._experts.get_state()
+    return state
 
   def set_state(self, state: dict[str, Any]) -> None:
     self._num_rollouts = state['num_rollouts']
     self._num_batches = state['num_batches']
     self._pending = [types.PolicyBatch(**b) for b in state['pending']]
+    if self._experts is not None:
+      self._experts.set_state(state['experts'])
 
   def _sample(self, state: Any) -> list[types.PolicyBatch]:
     """One batch of groups, as minibatches of packed rows."""
@@ -288,6 +312,9 @@ class GrpoSource:
     metrics['rl/reward_trained'] = score['reward'][groups].mean()
     if c.gap_every and self._num_batches % c.gap_every == 1 % c.gap_every:
       metrics |= self._gap(state.variables, minibatches[0])
+    if self._experts is not None:
+      if self._num_batches % c.rebalance_every == 0:
+        metrics |= self._experts.update(state.variables, minibatches[0])
     self._write(step, metrics)
     return minibatches
 
@@ -310,7 +337,8 @@ class GrpoSource:
       ),
     )
     key = jax.random.fold_in(self._key, index)
-    rollout = self._generate(variables, prompt_BT, length_B, key)
+    placement = None if self._experts is None else self._experts.placement
+    rollout = self._generate(variables, prompt_BT, length_B, key, placement)
     score = self._score(rollout, questions)
     rollout, score = sharding.to_host((rollout, score))
     score['reward'] = (

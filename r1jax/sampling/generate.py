@@ -12,7 +12,7 @@ from r1jax.losses import token
 from r1jax.model import cache as cache_lib
 from r1jax.model import config as model_config
 from r1jax.model import transformer
-from r1jax.parallel import sharding
+from r1jax.parallel import load_balance, sharding
 from r1jax.sampling import filters
 
 
@@ -70,6 +70,7 @@ def generate(
   sampling: filters.SamplingConfig,
   stop_ids: tuple[int, ...],
   pad_id: int,
+  placement: load_balance.Placement | None = None,
 ) -> types.Rollout:
   """Samples one completion per row.
 
@@ -90,10 +91,13 @@ def generate(
     sampling: Temperature and filters.
     stop_ids: A row ends after sampling one of these.
     pad_id: Fills what is not used.
+    placement: Of the MoE layers' experts, to sample with replicas of them.
 
   Returns:
     A Rollout of width T + max_new_tokens.
   """
+  if placement is not None:
+    variables = transformer.with_replicas(variables, config, placement)
   sampler = _make_sampler(
     config,
     variables,
@@ -318,10 +322,11 @@ def make_generate(
   """A jitted (variables, prompt_BT, length_B, key) -> Rollout on a mesh.
 
   Each shard of the batch runs its own loop and leaves it when its own rows
-  are done, or where devices share the experts, those of all of them.
+  are done, or where devices share the experts, those of all of them. A fifth
+  argument is the `load_balance.Placement` of replicas to sample with.
   """
 
-  def run(variables, prompt_BT, length_B, row_B, key):
+  def run(variables, prompt_BT, length_B, row_B, key, placement):
     return generate(
       config,
       variables,
@@ -333,6 +338,7 @@ def make_generate(
       sampling=sampling,
       stop_ids=stop_ids,
       pad_id=pad_id,
+      placement=placement,
     )
 
   return _with_rows(run, config, mesh)
@@ -350,7 +356,8 @@ def make_prefill(
   The other arguments and the program's are those of `make_generate`.
   """
 
-  def run(variables, prompt_BT, length_B, row_B, key):
+  def run(variables, prompt_BT, length_B, row_B, key, placement):
+    del placement
     sampler = _make_sampler(config, variables, key, **how)
     return sampler.prefill(prompt_BT, length_B, row_B, num_slots)
 
@@ -418,15 +425,15 @@ def _kinds(config):
 
 
 def _with_rows(run, config, mesh, out='rows'):
-  """Jits a program of (variables, prompt_BT, length_B, row_B, key)."""
+  """Jits a program of (variables, prompt, length, row, key, placement)."""
   layout = sharding.for_sampling(transformer.shardings(config, mesh))
   sharded = sharding.per_device(
-    run, mesh, (layout, 'rows', 'rows', 'rows', 'whole'), out
+    run, mesh, (layout, 'rows', 'rows', 'rows', 'whole', 'whole'), out
   )
 
   @jax.jit
-  def program(variables, prompt_BT, length_B, key):
+  def program(variables, prompt_BT, length_B, key, placement=None):
     row_B = jnp.arange(prompt_BT.shape[0], dtype=jnp.int32)
-    return sharded(variables, prompt_BT, length_B, row_B, key)
+    return sharded(variables, prompt_BT, length_B, row_B, key, placement)
 
   return program

@@ -8,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.routed_swiglu import ops as routed_swiglu_ops
-from r1jax.parallel import load_balance
+from r1jax.parallel import load_balance, sharding
+from r1jax.parallel import mesh as mesh_lib
 from tests import known_answers
 
 _VECTORS = json.loads((known_answers.DATA / 'eplb_vectors.json').read_text())
@@ -262,6 +265,53 @@ def test_weights_of_experts_stand_at_their_replicas(xp):
       np.testing.assert_array_equal(
         physical_LRD[layer, r], weight_LED[layer, e]
       )
+
+
+def test_devices_take_their_replicas_from_each_other():
+  load_LE = np.random.default_rng(0).zipf(1.5, (2, 8)).clip(1, 1000)
+  placement = _placement(load_LE)
+  weight_LED = np.arange(2 * 8 * 3, dtype=np.float32).reshape(2, 8, 3)
+  sizes = mesh_lib.MeshConfig(data=2, expert=4)
+  mesh = mesh_lib.make_mesh(sizes)
+  parts = NamedSharding(mesh, P(None, 'expert'))
+  run = sharding.per_device(
+    load_balance.physical_weights, mesh, (parts, 'whole'), parts
+  )
+  np.testing.assert_array_equal(
+    jax.jit(run)(weight_LED, placement),
+    load_balance.physical_weights(weight_LED, placement),
+  )
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_skewed_traffic_arrives_as_the_placement_promises(seed):
+  num_devices, K, rng = 4, 3, np.random.default_rng(seed)
+  load_E = rng.zipf(1.3, 32).clip(1, 400).astype(float)
+  choices = [_choices(rng, load_E, T=200, K=K) for _ in range(num_devices)]
+  count_1E = np.bincount(np.ravel(choices), minlength=32)[None].astype(float)
+
+  def arriving(placement, num_replicas):
+    """Max over mean of what the devices are sent, and what was promised."""
+    slots = [
+      _spread(expert_TK, *_layer(placement, 0), start=device)
+      for device, expert_TK in enumerate(choices)
+    ]
+    per_device = np.bincount(
+      np.ravel(slots) // (num_replicas // num_devices), minlength=num_devices
+    )
+    promised = load_balance.balance(
+      count_1E, placement, num_devices=num_devices
+    )[0]
+    return per_device.max() / per_device.mean(), promised
+
+  before, promised = arriving(load_balance.in_order(1, 32), 32)
+  np.testing.assert_allclose(before, promised)
+  sizes = {'num_groups': 1, 'num_nodes': 1, 'num_devices': num_devices}
+  balanced = load_balance.rebalance(count_1E, num_replicas=64, **sizes)
+  after, promised = arriving(balanced, 64)
+  # Of each expert every device may send a token more to one replica.
+  np.testing.assert_allclose(after, promised, atol=0.05)
+  assert after < 1.1 < before
 
 
 def test_experts_and_their_replicas_compute_the_same():

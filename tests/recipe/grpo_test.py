@@ -123,6 +123,26 @@ def test_resumes_bit_for_bit_between_two_minibatches():
   _assert_equal(after.take(1, _random()), whole[4:])
 
 
+def test_replicas_of_experts_sample_the_same_and_are_resumed():
+  whole = _Recorded().take(4, _random())
+  replicated = _Recorded(redundant_experts=4, load_decay=0.5)
+  _assert_equal(replicated.take(3, _random()), whole[:3])
+  figures = replicated.metrics[-1][1]
+  # All on one device: in balance, whatever the load.
+  assert (
+    figures['rl/expert_balance'] == figures['rl/expert_balance_in_order'] == 1
+  )
+  packed = source_state.pack(replicated.source.get_state())
+  after = _Recorded(redundant_experts=4, load_decay=0.5)
+  after.source.set_state(source_state.unpack(packed))
+  _assert_equal(after.take(1, _random()), whole[3:])
+  placements = [r.source._experts.placement for r in (replicated, after)]
+  _assert_equal(*placements)
+  assert (
+    placements[0].count_LE.sum(1).min() == micro.model().moe.num_experts + 4
+  )
+
+
 def test_old_logp_is_the_trainers_on_ragged_rows():
   recorded = _Recorded()
   batch = recorded.take(1, _random())[0]

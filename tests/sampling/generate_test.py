@@ -9,6 +9,7 @@ import pytest
 
 from r1jax.losses import token
 from r1jax.model import router, transformer
+from r1jax.parallel import load_balance
 from r1jax.parallel import mesh as mesh_lib
 from r1jax.sampling import filters, generate
 from tests.model import tiny
@@ -168,21 +169,35 @@ def test_padding_of_prompts_changes_nothing():
   np.testing.assert_array_equal(r.tokens_BT, _rollout().tokens_BT)
 
 
+def _placement(num_devices):
+  """Twice as many replicas as experts, some of them with five."""
+  load_LE = np.random.default_rng(0).zipf(1.5, (1, 8)).clip(1, 1000)
+  sizes = {'num_replicas': 16, 'num_groups': 1, 'num_nodes': 1}
+  placement = load_balance.rebalance(
+    load_LE, num_devices=num_devices, **sizes
+  ).padded(9)
+  assert placement.count_LE.min() == 1 and placement.count_LE.max() >= 5
+  return placement
+
+
 @pytest.mark.parametrize(
-  ('greedy', 'sizes'),
+  ('greedy', 'sizes', 'replicas'),
   [
-    (False, {'data': 8}),
-    (True, {'data': 8}),
-    (False, {'data': 1, 'fsdp': 2, 'expert': 2, 'tensor': 2}),
+    (False, {'data': 8}, False),
+    (True, {'data': 8}, False),
+    (False, {'data': 1, 'fsdp': 2, 'expert': 2, 'tensor': 2}, False),
+    (False, {'data': 1, 'fsdp': 2, 'expert': 4}, True),
+    (True, {'data': 8}, True),
   ],
 )
-def test_eight_devices_sample_what_one_does(greedy, sizes):
+def test_eight_devices_sample_what_one_does(greedy, sizes, replicas):
   mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(**sizes))
   options = _options(_GREEDY if greedy else _SAMPLED)
   run = jax.jit(generate.make_generate(_CONFIG, mesh, **options))
-  r = jax.device_get(
-    run(tiny.variables(_CONFIG), *_prompts(), jax.random.key(1))
-  )
+  args = (tiny.variables(_CONFIG), *_prompts(), jax.random.key(1))
+  if replicas:
+    args += (_placement(mesh.shape['expert']),)
+  r = jax.device_get(run(*args))
   expected = _rollout(greedy=greedy)
   for field in dataclasses.fields(expected):
     np.testing.assert_allclose(
