@@ -6,8 +6,13 @@
 Says of each program whether it fits, what it computes and what it sends, and
 how long that takes at least. Nothing is allocated. Needs libtpu (make
 setup-tpu). Exit code 1 if a program did not compile.
+
+With --fit=3 it looks for the mesh, recomputation and microbatches of the train
+step instead: all are estimated, the three most promising compiled, and the
+flags of the fastest that fits printed.
 """
 
+import copy
 import importlib.util
 import json
 import os
@@ -35,6 +40,9 @@ _MODEL = flags.DEFINE_string(
   'model', '', "File of a model's config, in place of that of init_from."
 )
 flags.adopt_module_key_flags(json_flag)
+_FIT = flags.DEFINE_integer(
+  'fit', None, 'Compile so many placements of the train step, say the best.', 1
+)
 _HLO = flags.DEFINE_string('hlo', None, 'Folder to write the HLO texts to.')
 _TIMEOUT = flags.DEFINE_float('timeout', 3600, 'Seconds for a program.', 1)
 
@@ -50,17 +58,110 @@ def main() -> None:
   jobs = make_jobs()
   if importlib.util.find_spec('libtpu') is None:
     raise config.UserError('libtpu is not installed: make setup-tpu does so')
+  if _FIT.value:
+    reports = fit(jobs[0])
+  else:
+    reports = compile_all(jobs)
+  if json_flag.FILE.value:
+    text = json.dumps({'programs': reports}, indent=2) + '\n'
+    pathlib.Path(json_flag.FILE.value).write_text(text)
+  if all('error' in report for report in reports.values()) or (
+    not _FIT.value and any('error' in report for report in reports.values())
+  ):
+    sys.exit(1)
+
+
+def compile_all(jobs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+  """Compiles jobs one after the other, and prints a report of each."""
   reports = {}
   for job in jobs:
     name = job['program']
     print(f'{name}: compiling for {job["topology"]} …', flush=True)
     reports[name] = compile_one(job, timeout=_TIMEOUT.value)
     print(show(reports[name], job['topology']), flush=True)
-  if json_flag.FILE.value:
-    text = json.dumps({'programs': reports}, indent=2) + '\n'
-    pathlib.Path(json_flag.FILE.value).write_text(text)
-  if any('error' in report for report in reports.values()):
-    sys.exit(1)
+  return reports
+
+
+def fit(job: dict[str, Any]) -> dict[str, dict[str, Any]]:
+  """Estimates placements of a train step, and compiles the most promising.
+
+  Returns:
+    Reports by the flags that make the config such.
+
+  Raises:
+    UserError: No placement may fit, or none of the compiled ones does.
+  """
+  found = find_placements(job)
+  print(f'{len(found)} placements may fit; by estimate the first are')
+  reports, fitting = {}, {}
+  chosen = found[: _FIT.value]
+  for candidate, line in chosen:
+    parts = ', '.join(f'{k} {v:.3g}' for k, v in candidate.seconds.items())
+    print(
+      f'  {candidate.hbm_bytes / 2**30:5.1f} GiB, seconds: {parts}\n    {line}'
+    )
+  for candidate, line in chosen:
+    print(f'{line}\n  compiling for {job["topology"]} …', flush=True)
+    report = compile_one(placed(job, candidate), timeout=_TIMEOUT.value)
+    reports[line] = report
+    print(show(report, job['topology']), flush=True)
+    if 'error' not in report and does_fit(report, job['topology']):
+      fitting[line] = report['roofline_seconds']['bound']
+  if not fitting:
+    raise config.UserError(
+      f'none of these {len(chosen)} fits as compiled; try a larger --fit'
+    )
+  best = min(fitting, key=fitting.get)
+  print(f'use {best}')
+  return reports
+
+
+def find_placements(job: dict[str, Any]) -> list[tuple[Any, str]]:
+  """Placements of a job's train step by estimate, with their flags."""
+  from experiments import compile_kinds
+  from r1jax.model import config as model_config
+  from r1jax.parallel import chips
+  from r1jax.recipe import fit as fit_lib
+  from r1jax.recipe import programs
+
+  if job['program'] != 'train':
+    raise config.UserError('--fit is for the program train')
+  if job['config']['mesh']['pipe'] != 1:
+    raise config.UserError('--fit knows no pipelines: set mesh.pipe=1')
+  run_config = config.from_dict(
+    compile_kinds.KINDS[job['kind']], job['config'], ''
+  )
+  model = job['model'] and config.from_dict(
+    model_config.ModelConfig, job['model'], 'model'
+  )
+  chip, count = chips.find(job['topology'])
+  own = getattr(run_config, 'model', None) is not None
+  found = fit_lib.candidates(
+    programs.to_fit(run_config, model),
+    chip.per_device(),
+    count * chip.num_devices * job['num_slices'],
+    remats=(False, True) if own else (True,),
+  )
+  key = 'model' if own else None
+  varied = fit_lib.of_different_meshes(found)
+  return [(candidate, candidate.flags(key)) for candidate in varied]
+
+
+def placed(job: dict[str, Any], candidate: Any) -> dict[str, Any]:
+  """The job with a candidate's placement."""
+  values = copy.deepcopy(job['config'])
+  values['mesh'].update(candidate.mesh)
+  values['train']['num_microbatches'] = candidate.num_microbatches
+  if values.get('model'):
+    values['model']['remat'] = candidate.remat
+  return {**job, 'config': values}
+
+
+def does_fit(report: dict[str, Any], topology: str) -> bool:
+  from r1jax.parallel import chips
+
+  chip = chips.find(topology)[0].per_device()
+  return report['hbm_bytes']['total'] <= chip.hbm_bytes
 
 
 def make_jobs() -> list[dict[str, Any]]:
@@ -163,7 +264,7 @@ def show(report: dict[str, Any], topology: str) -> str:
   chip = chips.find(topology)[0].per_device()
   hbm, roofline = report['hbm_bytes'], report['roofline_seconds']
   gib = lambda n: f'{n / 2**30:,.2f}'
-  fits = 'fits' if hbm['total'] <= chip.hbm_bytes else 'DOES NOT FIT'
+  fits = 'fits' if does_fit(report, topology) else 'DOES NOT FIT'
   lines = [
     'mesh '
     + (' x '.join(f'{a}={n}' for a, n in report['mesh'].items()) or 'of one'),

@@ -117,19 +117,18 @@ def for_mesh(
   is_foreign = huggingface.is_checkpoint(folder)
   if not is_foreign and 'from_hf' not in read_config(folder):
     return model
-  return suited(model, mesh)
+  return suited(model, mesh.devices.flat[0].platform)
 
 
 def suited(
-  model: model_config.ModelConfig, mesh: jax.sharding.Mesh
+  model: model_config.ModelConfig, platform: str
 ) -> model_config.ModelConfig:
-  """A model that computes as suits the devices.
+  """A model that computes as suits a kind of devices: 'cpu', 'tpu', ….
 
   In bfloat16 with grouped matmuls on accelerators; on TPUs by kernels, as is
   attention, and tokens travel with twice the room that even loads need. In
   float32 on a CPU.
   """
-  platform = mesh.devices.flat[0].platform
   if platform == 'cpu':
     return model
   moe, attention = model.moe, model.attention_implementation

@@ -16,7 +16,15 @@ from r1jax import types
 from r1jax.model import config as model_config
 from r1jax.model import transformer
 from r1jax.parallel import sharding
-from r1jax.recipe import config_check, grpo, origin, pretrain, rollouts, sft
+from r1jax.recipe import (
+  config_check,
+  fit,
+  grpo,
+  origin,
+  pretrain,
+  rollouts,
+  sft,
+)
 from r1jax.recipe import stage as stage_lib
 from r1jax.sampling import generate
 
@@ -76,11 +84,42 @@ def build(
   if own is not None:
     model = own
   elif model is not None:
-    model = origin.suited(model, mesh)
+    model = origin.suited(model, mesh.devices.flat[0].platform)
   else:
     model = origin.load_model_config(config.init_from)
     model = origin.for_mesh(model, config.init_from, mesh)
   return _BUILDERS[name](config, model, mesh)
+
+
+def train_rows(config: Config) -> tuple[int, int]:
+  """Rows of a train step and their tokens."""
+  if isinstance(config, grpo.GrpoConfig):
+    return config.rollout.rows_multiple, config.rollout.row_length
+  return config.batch_size, config.row_length
+
+
+def to_fit(config: Config, model: model_config.ModelConfig | None) -> fit.Run:
+  """A run's train step, for `fit.candidates`.
+
+  Args:
+    config: Of the run.
+    model: In place of that of `init_from`; None if the config has its own, or
+      to read it there.
+  """
+  own = getattr(config, 'model', None)
+  if own is None:
+    model = model or origin.load_model_config(config.init_from)
+    model = origin.suited(model, 'tpu')
+  rows, length = train_rows(config)
+  with_reference = isinstance(config, grpo.GrpoConfig) and config.loss.kl_coef
+  return fit.Run(
+    own or model,
+    config.optim,
+    rows,
+    length,
+    copies=int(with_reference > 0),
+    num_slices=config.mesh.num_slices,
+  )
 
 
 def _train(
@@ -88,11 +127,11 @@ def _train(
 ) -> Program:
   with_reference, batch_class = False, types.Batch
   balance_coef = config.train.balance_coef
+  rows, length = train_rows(config)
   match config:
     case grpo.GrpoConfig():
       with_reference = config.loss.kl_coef > 0
       batch_class = types.PolicyBatch
-      rows, length = config.rollout.rows_multiple, config.rollout.row_length
       loss_fn = grpo.make_loss(
         model,
         config.loss,
@@ -100,7 +139,6 @@ def _train(
         balance_coef=balance_coef,
       )
     case _:
-      rows, length = config.batch_size, config.row_length
       mtp_coef = getattr(config, 'mtp_coef', 0.0)  # SFT has none.
       loss_fn = pretrain.make_loss(
         model, mtp_coef=mtp_coef, balance_coef=balance_coef

@@ -5,7 +5,9 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags
 
+from configs import pretrain as pretrain_config
 from experiments import compile_for_tpu, compile_kinds
 from r1jax import config as config_lib
 from r1jax.parallel import chips
@@ -124,3 +126,65 @@ def test_chips_are_those_of_their_makers_tables():
   half = chip.per_device()
   assert half.hbm_bytes == 96 << 30
   assert half.bf16_flops == 2307e12 / 2
+
+
+def _job(**mesh):
+  values = pretrain_config.get_config().to_dict()
+  values['mesh'] |= mesh
+  return {
+    'kind': 'pretrain',
+    'config': values,
+    'model': None,
+    'topology': 'v5p:2x2x1',
+    'num_slices': 1,
+    'program': 'train',
+    'hlo': None,
+  }
+
+
+def _compiled(monkeypatch, *, totals, bounds):
+  """Lets the compiler report these, one placement after the other."""
+  jobs, figures = [], iter(zip(totals, bounds, strict=True))
+
+  def compile_one(job, *, timeout):
+    del timeout
+    jobs.append(job)
+    total, bound = next(figures)
+    return {
+      **_REPORT,
+      'hbm_bytes': _REPORT['hbm_bytes'] | {'total': total},
+      'roofline_seconds': _REPORT['roofline_seconds'] | {'bound': bound},
+    }
+
+  monkeypatch.setattr(compile_for_tpu, 'compile_one', compile_one)
+  flags.FLAGS.mark_as_parsed()
+  monkeypatch.setattr(flags.FLAGS['fit'], 'value', 3)
+  monkeypatch.setattr(flags.FLAGS['fit'], 'present', 1)
+  return jobs
+
+
+def test_of_the_most_promising_the_fastest_that_fits_is_named(
+  monkeypatch, capsys
+):
+  jobs = _compiled(
+    monkeypatch, totals=(96 << 30, 9 << 30, 9 << 30), bounds=(1.0, 3.0, 2.0)
+  )
+  reports = compile_for_tpu.fit(_job())
+  assert len(reports) == 3
+  said = capsys.readouterr().out
+  *_, last = said.splitlines()
+  # The first is the fastest, and does not fit.
+  assert last == f'use {list(reports)[2]}'
+  sizes = jobs[2]['config']['mesh']
+  assert f'--config.mesh.fsdp={sizes["fsdp"]} ' in last
+  remat = jobs[2]['config']['model']['remat']
+  assert f'--config.model.remat={str(remat).lower()} ' in last
+  assert len({str(job['config']['mesh']) for job in jobs}) == 3
+
+
+def test_nothing_that_fits_is_said(monkeypatch):
+  _compiled(monkeypatch, totals=[96 << 30] * 3, bounds=[1.0] * 3)
+  with pytest.raises(config_lib.UserError, match='none of these 3 fits'):
+    compile_for_tpu.fit(_job())
+  with pytest.raises(config_lib.UserError, match='knows no pipelines'):
+    compile_for_tpu.fit(_job(pipe=2))

@@ -95,3 +95,12 @@ def test_all_programs_of_grpo(tmp_path):
   assert all('fsdp' in axes for axes in reports['reshard']['collectives'])
   # A step of decoding does the work of one token of 384.
   assert reports['decode']['flops'] < reports['prefill']['flops'] / 50
+
+
+@pytest.mark.tpu_smoke
+def test_a_placement_is_found_for_the_demo(tmp_path):
+  reports, said = _reports(tmp_path / 'out.json', '--fit=1', *_PRETRAIN)
+  [(line, report)] = reports.items()
+  _check(report)
+  assert said.splitlines()[-1] == f'use {line}'
+  assert '--config.mesh.' in line
