@@ -3,6 +3,10 @@
 python -m experiments.convert --from_hf=DIR --workdir=OUT
 python -m experiments.convert --workdir=RUN --to_hf=DIR --dtype=bfloat16
 python -m experiments.convert --from_hf=DIR --to_hf=DIR2 --dtype=fp8
+
+The last keeps every byte of weights that are FP8 in DIR. A workdir is there to
+compute with: FP8 weights are dequantised on the way into it, and --dtype=fp8
+quantises those of a workdir anew.
 """
 
 from absl import flags
@@ -18,10 +22,17 @@ _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'The run to export, or with --from_hf the one to make.'
 )
 _DTYPE = flags.DEFINE_enum(
-  'dtype', 'bfloat16', ['float32', 'bfloat16', 'fp8'], 'Of what is exported.'
+  'dtype',
+  'bfloat16',
+  ['float32', 'bfloat16', 'fp8'],
+  'Of what is exported. With fp8, FP8 weights of --from_hf keep their bytes; '
+  'a workdir has none, its weights are quantised anew.',
 )
 _PARAM_DTYPE = flags.DEFINE_enum(
-  'param_dtype', 'float32', ['float32', 'bfloat16'], 'Of what is imported.'
+  'param_dtype',
+  'float32',
+  ['float32', 'bfloat16'],
+  'Of what is imported into a workdir; FP8 weights are dequantised.',
 )
 _MTP = flags.DEFINE_bool(
   'mtp', True, 'Take MTP modules along, if there are any.'
@@ -40,6 +51,7 @@ def main() -> None:
     raise config.UserError(
       'give two of --from_hf, --workdir and --to_hf: where from and where to'
     )
+  _refuse_idle(to_hf)
   app.set_up_jax(default_host_devices=1)
   from r1jax.parallel import mesh as mesh_lib
   from r1jax.recipe import convert, stage
@@ -67,6 +79,18 @@ def main() -> None:
     say=print,
   )
   print(f'{source} is now in {to_hf}, {_DTYPE.value}')
+
+
+def _refuse_idle(to_hf: str | None) -> None:
+  """What was given must mean something, to the way that is taken."""
+  of_exports = {
+    'dtype': 'the dtype of a workdir is that of --param_dtype',
+    'shard_gib': 'it is of files that --to_hf writes',
+  }
+  of_imports = {'param_dtype': 'the dtype of an export is that of --dtype'}
+  for name, what_counts in (of_imports if to_hf else of_exports).items():
+    if flags.FLAGS[name].present:
+      raise config.UserError(f'--{name} does nothing here: {what_counts}')
 
 
 if __name__ == '__main__':

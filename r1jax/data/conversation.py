@@ -26,8 +26,8 @@ class ConversationConfig:
     paths: Files or globs.
     template: How a model reads them, one of `chat_templates.TEMPLATES`; 'auto'
       is for who knows the model to replace.
-    messages: Field with a list of {'role', 'content'}; '' if a record is one
-      question and its answer.
+    messages: Field with a list of {'role', 'content'} and nothing more; '' if
+      a record is one question and its answer.
     question: Field of the question, where there are no messages.
     answer: Field of the answer, likewise.
     system: What stands before every conversation that has no system message;
@@ -234,6 +234,7 @@ def _messages(
         f'{at} is a {type(message).__name__}, it must have role and content'
       )
     records.check_fields(('role', 'content'), message, at)
+    _refuse_more(message, at)
     try:
       messages.append(
         chat.Message(
@@ -251,3 +252,17 @@ def _messages(
       'nothing to learn: it must be of the assistant'
     )
   return messages
+
+
+def _refuse_more(message: records.Record, where: str) -> None:
+  """Refuses what a message has beside its text; what is empty is nothing."""
+  for name, value in message.items():
+    if name in ('role', 'content') or value in (None, '', [], {}):
+      continue
+    hint = ''
+    if name.startswith('reasoning'):
+      hint = ', reasoning as <think>…</think> before the answer'
+    raise config_lib.UserError(
+      f'{where}: field {name!r} would not be learnt; all that is must be in '
+      f'content{hint}'
+    )

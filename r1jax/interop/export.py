@@ -26,6 +26,7 @@ def save(
   variables: Any,
   *,
   dtype: str = 'bfloat16',
+  dtypes: Mapping[str, np.dtype] | None = None,
   shard_bytes: int = 5 << 30,
   extra: Mapping[str, Any] | None = None,
   finish: Callable[[pathlib.Path], None] = lambda folder: None,
@@ -42,6 +43,8 @@ def save(
     dtype: 'float32', 'bfloat16' or 'fp8' (matrices inside the blocks, the
       rest bfloat16; where some leaves are FP8 already, those alone). Router
       biases are float32 always.
+    dtypes: Of tensors that are to have another, by name: of FP8 checkpoints
+      that are to stay as they are, `huggingface.tensor_dtypes`.
     shard_bytes: Most bytes of a file, but a tensor is never cut.
     extra: More keys for config.json.
     finish: Puts more files into the folder before it gets its name.
@@ -52,7 +55,7 @@ def save(
   folder_lib.refuse_used(folder)
   values = hf_config.write(config)
   mapping = mapping_lib.make_mapping(config)
-  exporter = _Exporter(mapping, variables, dtype)
+  exporter = _Exporter(mapping, variables, dtype, dtypes or {})
   if exporter.blocks is not None:
     values['quantization_config'] = {
       'quant_method': 'fp8',
@@ -79,8 +82,8 @@ def save(
 class _Exporter:
   """Puts a checkpoint's tensors together, one at a time."""
 
-  def __init__(self, mapping, variables, dtype):
-    self._variables, self._dtype = variables, dtype
+  def __init__(self, mapping, variables, dtype, dtypes):
+    self._variables, self._dtype, self._dtypes = variables, dtype, dtypes
     self._parts = collections.defaultdict(list)
     for leaf in mapping.leaves:
       for index, source in leaf.sources.items():
@@ -145,10 +148,12 @@ class _Exporter:
 
   def _dtype_of(self, name) -> np.dtype:
     leaf, _, source = self._parts[self._origin(name)][0]
-    if leaf.path[0] == 'router':
-      return np.dtype(np.float32)
     if self._kept_of(name) is not None:
       return fp8.E4M3
+    if name in self._dtypes:
+      return self._dtypes[name]
+    if leaf.path[0] == 'router':
+      return np.dtype(np.float32)
     is_matrix = source.num_rows < len(source.view)
     stem = name.removesuffix('.weight')
     is_quantised_now = self._dtype == 'fp8' and not self._kept

@@ -45,7 +45,7 @@ def read(values: Values, **changes: Any) -> model_config.ModelConfig:
   """
   _check_names(changes)
   kind = values.get('model_type')
-  if kind not in _FAMILIES:
+  if not isinstance(kind, str) or kind not in _FAMILIES:
     raise config_lib.UserError(
       f'model_type={kind!r} is not supported; supported are '
       f'{", ".join(_FAMILIES)}'

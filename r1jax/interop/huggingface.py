@@ -1,6 +1,6 @@
 """Hugging Face checkpoints as our models, a slice at a time.
 
-  config, variables = huggingface.load(folder)
+  config, variables = huggingface.load(path)
   logits = transformer.Transformer(config).apply(
       variables, tokens_BT, method='logits')
 
@@ -14,7 +14,7 @@ import json
 import os
 import pathlib
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -30,8 +30,8 @@ from r1jax.parallel import sharding
 
 # Numbers that are converted at once.
 _CHUNK = 1 << 23
-# Buffers that old checkpoints carry and nobody needs.
-_IGNORED = ('rotary_emb.inv_freq',)
+# What only MTP modules have, of the layers in the files.
+_MTP_PARTS = ('eh_proj', 'enorm', 'hnorm', 'shared_head')
 PARAM_DTYPES = {
   'float32': np.dtype(np.float32),
   'bfloat16': np.dtype(ml_dtypes.bfloat16),
@@ -39,7 +39,7 @@ PARAM_DTYPES = {
 
 
 def load(
-  folder: str | os.PathLike[str],
+  path: str | os.PathLike[str],
   *,
   mesh: jax.sharding.Mesh | None = None,
   param_dtype: str = 'float32',
@@ -50,7 +50,7 @@ def load(
   """Loads a checkpoint.
 
   Args:
-    folder: Holds config.json and safetensors files.
+    path: Folder of config.json and safetensors files.
     mesh: Where the variables go; the first device if None.
     param_dtype: 'float32' or 'bfloat16'; router biases are float32 always.
     keep_fp8: Leaves FP8 weights as they are, `fp8.Quantized`: `export.save`
@@ -66,9 +66,9 @@ def load(
     UserError: Something is missing, too much, misshapen, cut short or not
       supported; the message names it.
   """
-  config = load_config(folder, say=say, **changes)
+  config = load_config(path, say=say, **changes)
   variables = load_variables(
-    folder,
+    path,
     config,
     mesh=mesh,
     param_dtype=param_dtype,
@@ -90,7 +90,7 @@ def load_config(
   if not config.mtp_depth:
     return config
   with safetensors.closing(folder) as reader:
-    if any(_layer_of(name) >= config.num_layers for name in reader.entries):
+    if _mtp_layers(reader.entries, config.num_layers):
       return config
   say(
     f'{folder}: config.json has {config.mtp_depth} MTP modules, the files '
@@ -162,7 +162,7 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     raise config_lib.UserError(f'{path} does not exist') from e
   except OSError as e:
     raise config_lib.UserError(f'{path}: {e.strerror}') from e
-  except ValueError as e:
+  except (ValueError, RecursionError) as e:
     raise config_lib.UserError(f'{path} is no JSON: {e}') from e
   if not isinstance(values, dict):
     raise config_lib.UserError(f'{path} holds no JSON object')
@@ -174,8 +174,14 @@ def is_checkpoint(folder: str | os.PathLike[str]) -> bool:
   path = pathlib.Path(folder) / 'config.json'
   try:
     return bool(folder) and 'model_type' in json.loads(path.read_text())
-  except (OSError, ValueError, TypeError):
+  except (OSError, ValueError, TypeError, RecursionError):
     return False
+
+
+def tensor_dtypes(folder: str | os.PathLike[str]) -> dict[str, np.dtype]:
+  """In what each tensor of a checkpoint is kept, for `export.save`."""
+  with safetensors.closing(pathlib.Path(folder)) as reader:
+    return {name: entry.dtype for name, entry in reader.entries.items()}
 
 
 def check(
@@ -215,11 +221,13 @@ def check(
         f'tensor {name} of {entries[name].file} is {list(entries[name].shape)}'
         f', by config.json it must be {list(shape)}'
       )
+  has_mtp = bool(mapping.copies)
+  left_out = set() if has_mtp else _mtp_layers(entries, num_layers)
   for name in entries:
-    if name in expected or name.endswith(_IGNORED):
+    if name in expected or name.endswith(safetensors.IGNORED):
       continue
-    if not mapping.copies and _layer_of(name) >= num_layers:
-      continue  # MTP, which is left out.
+    if _layer_of(name) in left_out:
+      continue
     raise config_lib.UserError(
       f'{folder} has the tensor {name}, which the model does not have'
     )
@@ -422,6 +430,12 @@ def _stray_files(reader: safetensors.Reader) -> str:
   """Says which files the index passes over; '' if it names all."""
   names = ', '.join(file.name for file in reader.stray_files)
   return f'{safetensors.INDEX} does not name {names}' if names else ''
+
+
+def _mtp_layers(names: Iterable[str], num_layers: int) -> set[int]:
+  """Numbers of the layers that are MTP modules."""
+  parts = [name.split('.') for name in names if _layer_of(name) >= num_layers]
+  return {int(p[2]) for p in parts if p[3:] and p[3] in _MTP_PARTS}
 
 
 def _layer_of(name: str) -> int:

@@ -2,8 +2,8 @@
 
 The file: 8 bytes with the length of a JSON header, the header (for each tensor
 its dtype, shape and where its bytes lie), then the bytes. Files are mapped,
-not read: what is never sliced is never touched, and what was sliced is let go
-of at once, so that a checkpoint of any size costs no memory.
+not read: of the disk only the pages of a slice are asked for, and they are let
+go of at once, so that a checkpoint of any size costs no memory.
 
 Source: the format's own description, huggingface/safetensors.
 """
@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import mmap
+import os
 import pathlib
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -38,6 +39,11 @@ INDEX = 'model.safetensors.index.json'
 _SINGLE = 'model.safetensors'
 _LARGEST_HEADER = 100 << 20  # Bytes, the format's own limit.
 _FIELDS = ('dtype', 'shape', 'data_offsets')
+# Buffers that old checkpoints carry and nobody needs.
+IGNORED = ('rotary_emb.inv_freq',)
+_PAGE = mmap.PAGESIZE
+# Linux may heed no more of one advice.
+_ADVICE_PAGES = (128 << 10) // _PAGE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,11 +106,13 @@ class Reader:
           f'{folder / INDEX} says that {name} is in {file}, it is '
           f'{"nowhere" if entry is None else "in " + entry.file.name}'
         )
-    if index and (unlisted := sorted(self.entries.keys() - index.keys())):
-      file = self.entries[unlisted[0]].file
-      raise config_lib.UserError(
-        f'{file} holds {unlisted[0]}, which {folder / INDEX} does not list'
-      )
+    unlisted = sorted(self.entries.keys() - index.keys()) if index else ()
+    for name in unlisted:
+      if not name.endswith(IGNORED):
+        raise config_lib.UserError(
+          f'{self.entries[name].file} holds {name}, which {folder / INDEX} '
+          'does not list'
+        )
 
   def read(
     self,
@@ -117,16 +125,21 @@ class Reader:
     Args:
       name: Of the tensor.
       view: Shape to see it in first; its own if None.
-      window: Slices of that shape's axes; all of it if None.
+      window: Slices of that shape's axes, with both ends; all of it if None.
     """
     entry = self.entries[name]
     mapped = self._map(entry.file)
+    view = view or entry.shape
+    window = window or tuple(slice(0, size) for size in view)
     whole = np.frombuffer(
       mapped, entry.dtype, math.prod(entry.shape), entry.start
-    ).reshape(view or entry.shape)
-    out = np.array(whole[window] if window is not None else whole, order='C')
+    ).reshape(view)
+    part = whole[window]
+    if view and part.size:
+      _ask_for(mapped, entry, *_runs(view, window))
+    out = np.array(part, order='C')
     self.bytes_read += out.nbytes
-    del whole
+    del whole, part
     _let_go(mapped, entry)
     return out
 
@@ -138,13 +151,50 @@ class Reader:
   def _map(self, file: pathlib.Path) -> mmap.mmap:
     if file not in self._maps:
       with file.open('rb') as f:
-        self._maps[file] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+      if hasattr(mmap, 'MADV_RANDOM'):
+        mapped.madvise(mmap.MADV_RANDOM)  # `_ask_for` knows better.
+      self._maps[file] = mapped
     return self._maps[file]
+
+
+def _runs(
+  view: tuple[int, ...], window: tuple[slice, ...]
+) -> tuple[np.ndarray, int]:
+  """First numbers of a window's parts that lie together, and their length."""
+  axis = len(view) - 1
+  while axis and window[axis] == slice(0, view[axis]):
+    axis -= 1
+  starts = np.zeros(1, np.int64)
+  for size, part in zip(view[:axis], window[:axis], strict=True):
+    rows = np.arange(part.start, part.stop)
+    starts = (starts[:, None] * size + rows).ravel()
+  inner, part = math.prod(view[axis + 1 :]), window[axis]
+  starts = (starts * view[axis] + part.start) * inner
+  return starts, (part.stop - part.start) * inner
+
+
+def _ask_for(
+  mapped: mmap.mmap, entry: Entry, starts: np.ndarray, length: int
+) -> None:
+  """Has the pages of these numbers read, all at once, and no others."""
+  if not hasattr(mmap, 'MADV_WILLNEED'):
+    return
+  size = entry.dtype.itemsize
+  firsts = (entry.start + starts * size) // _PAGE
+  ends = (entry.start + (starts + length) * size - 1) // _PAGE + 1
+  is_apart = firsts[1:] > ends[:-1]
+  firsts = firsts[np.append(True, is_apart)].tolist()
+  ends = ends[np.append(is_apart, True)].tolist()
+  for first, end in zip(firsts, ends, strict=True):
+    for page in range(first, end, _ADVICE_PAGES):
+      count = min(_ADVICE_PAGES, end - page)
+      mapped.madvise(mmap.MADV_WILLNEED, page * _PAGE, count * _PAGE)
 
 
 def _let_go(mapped: mmap.mmap, entry: Entry) -> None:
   """Gives a tensor's pages back, so that they do not count as ours."""
-  first = entry.start - entry.start % mmap.PAGESIZE
+  first = entry.start - entry.start % _PAGE
   if hasattr(mmap, 'MADV_DONTNEED') and entry.num_bytes:
     mapped.madvise(
       mmap.MADV_DONTNEED, first, entry.start + entry.num_bytes - first
@@ -160,7 +210,7 @@ def _read_index(folder: pathlib.Path) -> dict[str, str]:
     values = json.loads(path.read_text())
   except OSError as e:
     raise config_lib.UserError(f'{path}: {e.strerror}') from e
-  except ValueError as e:
+  except (ValueError, RecursionError) as e:
     raise config_lib.UserError(f'{path} is no JSON: {e}') from e
   index = values.get('weight_map') if isinstance(values, dict) else None
   if not isinstance(index, dict) or not index:
@@ -169,7 +219,8 @@ def _read_index(folder: pathlib.Path) -> dict[str, str]:
       'and their files'
     )
   for name, file in index.items():
-    if not isinstance(file, str) or pathlib.PurePath(file).name != file:
+    is_name = isinstance(file, str) and pathlib.PurePath(file).name == file
+    if not is_name or file in ('', '..'):
       raise config_lib.UserError(
         f'{path} says that {name} is in {file!r}, it must be a file of the '
         'folder'
@@ -185,7 +236,7 @@ def _files(
   if index:
     files = [folder / name for name in sorted(set(index.values()))]
     for file in files:
-      if not file.exists():
+      if not os.path.exists(file):  # Nor if the name is too long for one.
         raise config_lib.UserError(
           f'{folder / INDEX} names {file.name}, which does not exist'
         )
@@ -198,16 +249,8 @@ def _files(
 
 def _read_header(file: pathlib.Path) -> Iterator[tuple[str, Entry]]:
   """Yields the tensors of a file whose size is what its header says."""
-  size = file.stat().st_size
-  with file.open('rb') as f:
-    head = f.read(8)
-    (length,) = struct.unpack('<Q', head) if len(head) == 8 else (0,)
-    if not 2 <= length <= min(_LARGEST_HEADER, max(size - 8, 0)):
-      raise config_lib.UserError(
-        f'{file} is cut short or no safetensors file: {size} bytes with a '
-        f'header of {length}'
-      )
-    header = _parse_header(file, f.read(length))
+  size, raw = _read_head(file)
+  header, length = _parse_header(file, raw), len(raw)
   for name, (dtype, shape, start, end) in header.items():
     if dtype not in DTYPES:
       raise config_lib.UserError(
@@ -227,6 +270,23 @@ def _read_header(file: pathlib.Path) -> Iterator[tuple[str, Entry]]:
       )
     yield name, entry
   _refuse_overlaps(file, header)
+
+
+def _read_head(file: pathlib.Path) -> tuple[int, bytes]:
+  """Size of a file, and its header."""
+  try:
+    size = file.stat().st_size
+    with file.open('rb') as f:
+      head = f.read(8)
+      (length,) = struct.unpack('<Q', head) if len(head) == 8 else (0,)
+      if 2 <= length <= min(_LARGEST_HEADER, max(size - 8, 0)):
+        return size, f.read(length)
+  except OSError as e:
+    raise config_lib.UserError(f'{file}: {e.strerror}') from e
+  raise config_lib.UserError(
+    f'{file} is cut short or no safetensors file: {size} bytes with a header '
+    f'of {length}'
+  )
 
 
 def _refuse_overlaps(
@@ -263,13 +323,15 @@ def _parse_header(
     parsed = {}
     for name, fields in header.items():
       dtype, shape, (start, end) = (fields[field] for field in _FIELDS)
+      if not isinstance(dtype, str):
+        raise TypeError(f'dtype {dtype} of {name} is no text')
       sizes = (*shape, start, end)
       if not all(type(size) is int for size in sizes):
         raise ValueError(f'sizes {sizes} of {name} are no integers')
       parsed[name] = dtype, tuple(shape), start, end
   except config_lib.UserError:
     raise
-  except (AttributeError, KeyError, TypeError, ValueError) as e:
+  except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as e:
     raise config_lib.UserError(
       f'{file} is no safetensors file: its header is no JSON object of '
       f'dtypes, shapes and offsets ({e})'

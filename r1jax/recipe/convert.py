@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import pathlib
-import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ from jax.experimental import multihost_utils
 from r1jax import config as config_lib
 from r1jax.data import hf_tokenizer
 from r1jax.data import tokenizer as tokenizer_lib
-from r1jax.interop import export, huggingface
+from r1jax.interop import export, fp8, huggingface
 from r1jax.interop import folder as folder_lib
 from r1jax.model import transformer
 from r1jax.parallel import sharding
@@ -36,6 +35,7 @@ def to_workdir(
 ) -> None:
   """Makes a workdir with one checkpoint, step 0, of a Hugging Face folder.
 
+  FP8 weights are dequantised, for a workdir is there to compute with.
   Every process of a pod must call this; each reads its own shards.
 
   Raises:
@@ -86,8 +86,9 @@ def to_huggingface(
     source: The workdir or folder.
     folder: Where to; a new one.
     mesh: Where the variables go meanwhile.
-    dtype: As `export.save`; FP8 weights of a folder stay as they are if it is
-      'fp8'.
+    dtype: As `export.save`; where weights of a folder are FP8 and it is 'fp8',
+      every tensor stays as it is. A workdir has no FP8: quantised anew, its
+      weights are other bytes.
     shard_gib: Most GiB of a file.
     mtp: Whether MTP modules are written, if there are any.
     say: Takes remarks.
@@ -103,7 +104,7 @@ def to_huggingface(
     raise config_lib.UserError(
       f'the tokenizer of {source}, {tokenizer}, does not exist'
     )
-  extra = _token_ids(source, tokenizer)
+  extra, dtypes = _token_ids(source, tokenizer), {}
   if huggingface.is_checkpoint(source) and dtype == 'fp8':
     # Layer by layer: what is FP8 in one may not be in another.
     model = dataclasses.replace(model, scan_layers=False)
@@ -113,6 +114,8 @@ def to_huggingface(
     values = huggingface.read_config(pathlib.Path(source))
     quantised = values.get('quantization_config')
     extra |= {'quantization_config': quantised} if quantised else {}
+    there = huggingface.tensor_dtypes(source)
+    dtypes = there if fp8.E4M3 in there.values() else {}
   else:
     variables, _ = origin.load_variables(source, model, mesh, say=say)
 
@@ -131,6 +134,7 @@ def to_huggingface(
     model,
     variables,
     dtype=dtype,
+    dtypes=dtypes,
     shard_bytes=int(shard_gib * 2**30),
     extra=extra,
     finish=finish,
@@ -225,12 +229,18 @@ def _read_reference(
   path: str, vocab_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
   try:
-    with np.load(path) as file:
-      tokens_BT, logits_BTV = file['input_ids'], file['logits']
+    loaded = np.load(path)
+    if isinstance(loaded, np.ndarray):
+      raise ValueError('it is an array without a name')
+    with loaded as file:
+      # What is no array in there is bytes.
+      tokens_BT = np.asarray(file['input_ids'])
+      logits_BTV = np.asarray(file['logits'])
   except KeyError as e:
     raise config_lib.UserError(f'{path} lacks an array: {e.args[0]}') from e
-  except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
-    raise config_lib.UserError(f'{path} is no npz file: {e}') from e
+  except Exception as e:  # NumPy's, zipfile's, zlib's, tokenize's, …
+    reason = str(e).partition('\n')[0]
+    raise config_lib.UserError(f'{path} is no npz file: {reason}') from e
   if (
     tokens_BT.ndim != 2
     or not tokens_BT.size
@@ -244,6 +254,10 @@ def _read_reference(
     raise config_lib.UserError(
       f'{path}: logits {list(logits_BTV.shape)} must be input_ids '
       f'{list(tokens_BT.shape)} with the {vocab_size} tokens of the model'
+    )
+  if logits_BTV.dtype.kind not in 'fiu':
+    raise config_lib.UserError(
+      f'{path}: logits of {logits_BTV.dtype} must be numbers'
     )
   if tokens_BT.min() < 0 or tokens_BT.max() >= vocab_size:
     raise config_lib.UserError(

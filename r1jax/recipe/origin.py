@@ -257,7 +257,7 @@ def read_config(workdir: str) -> dict[str, Any]:
     values = json.loads(path.read_text())
   except OSError as e:
     raise config_lib.UserError(_no_workdir(workdir, e)) from e
-  except ValueError:  # No JSON, or no text at all.
+  except (ValueError, RecursionError):  # No JSON, or no text at all.
     values = None
   if not isinstance(values, dict) or not isinstance(values.get('model'), dict):
     raise config_lib.UserError(f'{path} holds no model config')

@@ -297,6 +297,13 @@ def test_question_and_answer_and_a_system_message(tmp_path):
   ]
 
 
+def test_fields_of_a_message_that_are_empty_are_nothing(tmp_path):
+  empty = {'name': None, 'tool_calls': [], 'reasoning_content': '', 'more': {}}
+  rows = [{'messages': [message | empty for message in _CHATS[0]]}]
+  (messages,) = conversation.read(_config(tmp_path, rows))
+  assert messages == [chat.Message(**message) for message in _CHATS[0]]
+
+
 def test_a_longer_conversation_is_left_out_and_counted(tmp_path):
   long = [
     {'role': 'user', 'content': 'a ' * 100},
@@ -396,6 +403,15 @@ def test_gsm8k_is_learnt_by_its_answers(shared_data, tmp_path):
     (
       {'messages': [{'role': 'tool', 'content': 'x'}]},
       "message 1: role='tool' must be one of system, user, assistant",
+    ),
+    (
+      {'messages': [_CHATS[0][0], _CHATS[0][1] | {'reasoning_content': 'hm'}]},
+      "chats.jsonl:1: message 2: field 'reasoning_content' would not be learnt"
+      '; all that is must be in content, reasoning as <think>…</think> before',
+    ),
+    (
+      {'messages': [_CHATS[0][0] | {'weight': 0}, _CHATS[0][1]]},
+      "message 1: field 'weight' would not be learnt; all that is must be in",
     ),
     (
       {'messages': [{'role': 'user', 'content': 'x'}]},

@@ -66,6 +66,34 @@ def test_where_from_and_where_to(arguments, message):
   assert done.returncode == 2
 
 
+@pytest.mark.parametrize(
+  ('target', 'flag', 'message'),
+  [
+    (
+      'workdir',
+      'dtype=bfloat16',
+      'the dtype of a workdir is that of --param_dt',
+    ),
+    ('workdir', 'shard_gib=1', 'it is of files that --to_hf writes'),
+    (
+      'to_hf',
+      'param_dtype=float32',
+      'the dtype of an export is that of --dtype',
+    ),
+  ],
+)
+def test_a_flag_that_does_nothing_is_refused(tmp_path, target, flag, message):
+  done = _run(
+    'convert',
+    f'--from_hf={_QWEN3}',
+    f'--{target}={tmp_path / "x"}',
+    f'--{flag}',
+  )
+  name = flag.split('=')[0]
+  assert done.stderr.startswith(f'error: --{name} does nothing here: {message}')
+  assert done.returncode == 2 and not list(tmp_path.iterdir())
+
+
 def test_a_foreign_model_type_lists_ours(tmp_path):
   folder = tmp_path / 'hf'
   folder.mkdir()

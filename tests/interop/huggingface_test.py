@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gzip
 import json
 import math
 import pathlib
@@ -101,6 +102,53 @@ def test_files_without_the_promised_mtp_are_loaded_and_it_is_said(tmp_path):
   assert 'config.json has 1 MTP modules, the files have none' in said[0]
 
 
+def _has(layer):
+  return (
+    rf'has the tensor model\.layers\.{layer}\.\S+, which the model does not'
+  )
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_a_layer_that_config_json_does_not_know_is_refused(tmp_path, name):
+  folder = tmp_path / 'a'
+  shutil.copytree(_FOLDER / name, folder)
+  values = json.loads((folder / 'config.json').read_text())
+  last = values['num_hidden_layers'] - 1
+  changes = {'num_hidden_layers': last}
+  for key in ('layer_types', 'mlp_layer_types'):
+    if values.get(key):
+      changes[key] = values[key][:last]
+  _change_config(**changes)(folder)
+  with pytest.raises(config_lib.UserError, match=_has(last)):
+    huggingface.load(folder)
+  if name == 'deepseek_v3':  # Nor is the layer taken for an MTP module.
+    _change_config(num_nextn_predict_layers=1)(folder)
+    with pytest.raises(config_lib.UserError, match=_has(last)):
+      huggingface.load(folder)
+
+
+@pytest.mark.parametrize(
+  ('mtp_depth', 'message'),
+  [(1, 'lacks the tensor model.layers.2.eh_proj.weight'), (0, _has(2))],
+)
+def test_a_layer_before_mtp_is_not_passed_over(tmp_path, mtp_depth, message):
+  config, variables = _small()
+  export.save(tmp_path / 'a', config, variables)
+  _change_config(num_hidden_layers=2)(tmp_path / 'a')
+  with pytest.raises(config_lib.UserError, match=message):
+    huggingface.load(tmp_path / 'a', mtp_depth=mtp_depth)
+
+
+@pytest.mark.parametrize('mtp_depth', [0, 1])
+def test_a_tensor_far_behind_is_no_mtp(tmp_path, mtp_depth):
+  config, variables = _small()
+  export.save(tmp_path / 'a', config, variables)
+  huggingface.load(tmp_path / 'a', mtp_depth=mtp_depth)
+  _set('model.layers.9.junk.weight', np.zeros(3, np.float32))(tmp_path / 'a')
+  with pytest.raises(config_lib.UserError, match=_has(9)):
+    huggingface.load(tmp_path / 'a', mtp_depth=mtp_depth)
+
+
 def test_unrolled_layers_are_the_stack_cut_up(tmp_path):
   config, variables = huggingface.load(_FOLDER / 'deepseek_v3')
   flat, unrolled = huggingface.load(_FOLDER / 'deepseek_v3', scan_layers=False)
@@ -175,9 +223,9 @@ def test_fp8_is_dequantised_block_by_block(tmp_path, small_blocks):
   )
 
 
-def _fp8_folder(path, change=lambda tensors: None):
+def _fp8_folder(path, change=lambda tensors: None, config=None):
   """A tiny checkpoint in FP8 whose tensors are changed."""
-  config = tiny.config()
+  config = config or tiny.config()
   export.save(path, config, tiny.variables(config), dtype='fp8')
   _change_tensors(change)(path)
   return path
@@ -207,15 +255,64 @@ def _assert_bytes(first, second):
     assert numbers.tobytes() == second[name].tobytes(), name
 
 
-def test_scales_that_are_powers_of_two_stay_so(tmp_path, small_blocks):
-  e8m0 = safetensors.DTYPES['F8_E8M0']
+def _power_scales(tensors):
+  for name in [n for n in tensors if n.endswith(fp8.SCALE)]:
+    power = np.exp2(np.round(np.log2(tensors[name])))
+    tensors[name] = power.astype(safetensors.DTYPES['F8_E8M0'])
 
+
+def _other_numbers(tensors):
+  """Any FP8 number that is one, and blocks that nothing fills to 448."""
+  rng = np.random.default_rng(0)
+  for name in [n for n in tensors if tensors[n].dtype == fp8.E4M3]:
+    raw = rng.integers(0, 256, tensors[name].shape).astype(np.uint8)
+    raw[raw & 0x7F == 0x7F] = 0x80
+    tensors[name] = raw.view(fp8.E4M3)
+
+
+@pytest.mark.parametrize(
+  'change', [lambda tensors: None, _power_scales, _other_numbers]
+)
+def test_blocks_of_128_with_ragged_edges_keep_their_bytes(tmp_path, change):
+  base = tiny.config(mtp_depth=1)
+  attention = dataclasses.replace(
+    base.attention, num_heads=3, q_lora_rank=136, kv_lora_rank=130
+  )
+  moe = dataclasses.replace(base.moe, expert_dim=136)
+  config = dataclasses.replace(
+    base, embed_dim=200, dense_dim=270, attention=attention, moe=moe
+  )
+  first, second = _there_and_back(
+    _fp8_folder(tmp_path / 'a', change, config), tmp_path
+  )
+  _assert_bytes(first, second)
+  sizes = {n: x.shape for n, x in first.items() if n.endswith(fp8.SCALE)}
+  assert {(2, 2), (3, 2), (2, 3)} <= set(sizes.values())
+  assert any(n.startswith('model.layers.3.') for n in sizes)
+
+
+def test_what_is_not_fp8_keeps_its_dtype(tmp_path, small_blocks):
   def change(tensors):
-    for name in [n for n in tensors if n.endswith(fp8.SCALE)]:
-      scale = tensors[name]
-      tensors[name] = np.exp2(np.round(np.log2(scale))).astype(e8m0)
+    rng = np.random.default_rng(0)
+    for name, x in tensors.items():
+      if x.dtype == ml_dtypes.bfloat16 and 'norm' in name:
+        tensors[name] = rng.normal(size=x.shape).astype(np.float32)
+      if name.endswith('mlp.gate.weight'):
+        tensors[name] = x.astype(np.float16)
+      if name.endswith('correction_bias'):
+        tensors[name] = x.astype(ml_dtypes.bfloat16)
 
-  folder = _fp8_folder(tmp_path / 'a', change)
+  config = tiny.config(mtp_depth=1)
+  folder = _fp8_folder(tmp_path / 'a', change, config)
+  first, second = _there_and_back(folder, tmp_path)
+  assert {str(x.dtype) for x in first.values()} == {
+    *('float8_e4m3fn', 'bfloat16', 'float16', 'float32')
+  }
+  _assert_bytes(first, second)
+
+
+def test_scales_that_are_powers_of_two_stay_so(tmp_path, small_blocks):
+  folder = _fp8_folder(tmp_path / 'a', _power_scales)
   quantised = json.loads((folder / 'config.json').read_text())
   quantised = quantised['quantization_config'] | {'scale_fmt': 'ue8m0'}
   _change_config(quantization_config=quantised)(folder)
@@ -450,6 +547,21 @@ def _r1_entries():
   return entries
 
 
+def test_the_list_of_r1_is_the_released_one(shared_data):
+  path = shared_data / 'deepseek_r1_checkpoint' / 'tensors.json.gz'
+  if not path.exists():
+    pytest.skip(f'no {path}')
+  with gzip.open(path, 'rt') as f:
+    released = json.load(f)
+  ours = {
+    name: (entry.dtype, entry.shape) for name, entry in _r1_entries().items()
+  }
+  assert ours == {
+    name: (safetensors.DTYPES[x['dtype']], tuple(x['shape']))
+    for name, x in released.items()
+  }
+
+
 def test_the_released_r1_is_the_671b_config_tensor_for_tensor():
   values = json.loads(
     (known_answers.DATA / 'deepseek_r1_config.json').read_text()
@@ -550,6 +662,7 @@ def _nudge(name):
       _change_config(model_type='gpt2'),
       "model_type='gpt2' is not supported; supported are deepseek_v3, ",
     ),
+    (_change_config(model_type=['qwen3']), r"model_type=\['qwen3'\] is not su"),
     (_change_config(hidden_size=64), r'is \[64, 32\], by config.json it must'),
     (
       _change_config(n_routed_experts=12),
@@ -599,6 +712,10 @@ def _nudge(name):
     (
       lambda folder: (folder / 'config.json').write_text('{'),
       'config.json is no JSON',
+    ),
+    (
+      lambda folder: (folder / 'config.json').write_text('[' * 100_000),
+      'config.json is no JSON: maximum recursion depth',
     ),
   ],
 )

@@ -1,11 +1,16 @@
 """safetensors files: written as planned, read in part, refused if damaged."""
 
 import json
+import mmap
+import os
+import pathlib
 import struct
 
+import hypothesis
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from r1jax import config as config_lib
 from r1jax.interop import safetensors
@@ -56,6 +61,54 @@ def test_a_window_of_a_view_is_all_that_is_read(tmp_path):
     assert reader.bytes_read == 6 * 4
 
 
+def _read_from_disk(folder, window):
+  """Bytes that come from the disk when nothing of the file is in memory."""
+  with (folder / 'model.safetensors').open('rb') as f:
+    os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+  def count():
+    lines = pathlib.Path('/proc/self/io').read_text().splitlines()
+    return int(next(x for x in lines if x.startswith('read_bytes')).split()[1])
+
+  with safetensors.closing(folder) as reader:
+    before = count()
+    reader.read('x', window=window)
+    return count() - before
+
+
+@pytest.mark.skipif(
+  not pathlib.Path('/proc/self/io').exists(), reason='no /proc'
+)
+def test_only_the_pages_of_a_window_come_from_the_disk(tmp_path):
+  rows, columns, page = 256, 16 * mmap.PAGESIZE, mmap.PAGESIZE
+  _write(tmp_path, {'x': np.ones((rows, columns), ml_dtypes.float8_e4m3fn)})
+  os.sync()
+  everything = slice(0, rows), slice(0, columns)
+  if _read_from_disk(tmp_path, everything) < rows * columns // 2:
+    pytest.skip('the disk does not count what is read')
+  some_columns = slice(0, rows), slice(columns // 2, columns // 2 + 100)
+  # A page or two a row, and those of the header.
+  assert _read_from_disk(tmp_path, some_columns) <= (2 * rows + 32) * page
+  some_rows = slice(rows // 2, rows // 2 + 2), slice(0, columns)
+  assert _read_from_disk(tmp_path, some_rows) <= (2 * 16 + 33) * page
+
+
+@hypothesis.given(st.data())
+def test_runs_are_a_window_s_numbers_in_order(data):
+  view = tuple(data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4)))
+  window = []
+  for size in view:
+    start = data.draw(st.integers(0, size - 1))
+    window.append(slice(start, data.draw(st.integers(start + 1, size))))
+  starts, length = safetensors._runs(view, tuple(window))
+  found = (starts[:, None] + np.arange(length)).ravel()
+  numbers = np.arange(np.prod(view)).reshape(view)
+  np.testing.assert_array_equal(found, numbers[tuple(window)].ravel())
+  # As long as they can be: none goes on where the one before ends.
+  gaps = np.diff(starts) - length
+  assert (gaps > 0).all()
+
+
 def test_what_was_not_planned_is_not_written(tmp_path):
   planned = [safetensors.Planned('a', np.dtype(np.float32), (2, 3))]
   writer = safetensors.Writer(tmp_path, safetensors.plan_files(planned, 99))
@@ -89,6 +142,33 @@ def _no_header(folder):
 def _dtype(folder):
   change = lambda header: header['a'].update(dtype='I64')
   _header(folder / 'model.safetensors', change)
+
+
+def _listed_dtype(folder):
+  change = lambda header: header['a'].update(dtype=['F32'])
+  _header(folder / 'model.safetensors', change)
+
+
+def _deep(folder):
+  raw = b'{"a":' + b'[' * 100_000 + b'}'
+  head = struct.pack('<Q', len(raw)) + raw
+  (folder / 'model.safetensors').write_bytes(head)
+
+
+def _dangling(folder):
+  path = folder / 'model.safetensors'
+  path.unlink()
+  path.symlink_to('nowhere')
+
+
+def _folder(folder):
+  path = folder / 'model.safetensors'
+  path.unlink()
+  path.mkdir()
+
+
+def _deep_index(folder):
+  (folder / safetensors.INDEX).write_text('[' * 100_000)
 
 
 def _listed(folder):
@@ -156,6 +236,14 @@ def _nothing(folder):
     (_empty, 'model.safetensors is cut short or no safetensors file: 0 bytes'),
     (_no_header, 'its header is no JSON'),
     (_dtype, 'tensor a of .* has dtype I64, known are F32, '),
+    (
+      _listed_dtype,
+      r"header is no JSON object of .*dtype \['F32'\] of a is no",
+    ),
+    (_deep, 'model.safetensors is no safetensors file: its header is no JSON'),
+    (_dangling, 'model.safetensors: No such file'),
+    (_folder, 'model.safetensors: Is a directory'),
+    (_deep_index, 'index.json is no JSON: maximum recursion depth'),
     (_offsets, r'tensor a of .*: 8 bytes are no F32 \[2, 3\]'),
     (_before, r'tensor a of .*: 24 bytes are no F32 \[2, 3\]'),
     (_listed, 'model.safetensors is no safetensors file: its header is no'),
@@ -168,6 +256,7 @@ def _nothing(folder):
       _wrong_index({'a': 'gone.safetensors'}),
       'names gone.safetensors, which does',
     ),
+    (_wrong_index({'a': 'x' * 300}), 'names x+, which does not exist'),
     (
       _wrong_index({'d': 'model.safetensors'}),
       'd is in model.safetensors, it is no',
@@ -203,6 +292,9 @@ def _index(folder, weight_map):
     ({}, 'is no safetensors index: it must hold a weight_map of tensors'),
     (['a'], 'is no safetensors index: it must hold a weight_map of tensors'),
     ({'a': 5}, 'says that a is in 5, it must be a file of the folder'),
+    ({'a': '..'}, r"says that a is in '\.\.', it must be a file of the folder"),
+    ({'a': '.'}, r"says that a is in '\.', it must be a file of the folder"),
+    ({'a': ''}, "says that a is in '', it must be a file of the folder"),
     ({'a': '../x'}, "says that a is in '../x', it must be a file of the"),
   ],
 )
@@ -211,6 +303,14 @@ def test_an_index_of_a_wrong_form(tmp_path, weight_map, message):
   _index(tmp_path, weight_map)
   with pytest.raises(config_lib.UserError, match=message):
     safetensors.Reader(tmp_path)
+
+
+def test_an_index_may_pass_over_what_nobody_needs(tmp_path):
+  buffer = 'model.layers.0.self_attn.rotary_emb.inv_freq'
+  _write(tmp_path, {'a': _TENSORS['a'], buffer: _TENSORS['b']})
+  _index(tmp_path, {'a': 'model.safetensors'})
+  with safetensors.closing(tmp_path) as reader:
+    np.testing.assert_array_equal(reader.read('a'), _TENSORS['a'])
 
 
 def test_files_that_the_index_does_not_name_are_known(tmp_path):

@@ -1,8 +1,10 @@
 """Models of other tools made ours and back: what goes along, what is said."""
 
 import dataclasses
+import io
 import json
 import shutil
+import zipfile
 
 import jax
 import numpy as np
@@ -280,12 +282,33 @@ def test_keywords_that_there_are_not_are_named(weights):
     huggingface.load(weights, mtp_dept=0)
 
 
+def _saved(save, *arguments, **arrays):
+  """Bytes of a file that NumPy writes."""
+  file = io.BytesIO()
+  save(file, *arguments, **arrays)
+  return file.getvalue()
+
+
+def _damaged():
+  """A compressed file with a wrong byte in the numbers."""
+  raw = bytearray(_saved(np.savez_compressed, input_ids=np.arange(8)))
+  with zipfile.ZipFile(io.BytesIO(raw)) as file:
+    (entry,) = file.infolist()
+  start = entry.header_offset + 30 + len(entry.filename)
+  start += int.from_bytes(raw[entry.header_offset + 28 :][:2], 'little')
+  raw[start] ^= 0xFF
+  return bytes(raw)
+
+
 @pytest.mark.parametrize(
   ('raw', 'message'),
   [
     (b'', 'io.npz is no npz file'),
     (b'PK\x03\x04cut', 'io.npz is no npz file'),
     (b'text', 'io.npz is no npz file'),
+    (_saved(np.save, np.zeros(3)), 'is no npz file: it is an array without'),
+    (_damaged(), 'io.npz is no npz file: .*invalid'),
+    (_saved(np.savez, input_ids=np.zeros((1, 4), int)), 'lacks an array'),
   ],
 )
 def test_a_reference_that_is_no_file(weights, tmp_path, raw, message):
@@ -320,6 +343,7 @@ def test_a_reference_of_the_wrong_shape(
     ('file/x', 'file/x does not exist, it must be a workdir or a Hugging'),
     ('empty', 'empty holds no config.json, it must be a workdir or a Hugging'),
     ('binary', 'binary/config.json holds no model config'),
+    ('deep', 'deep/config.json holds no model config'),
   ],
 )
 def test_what_is_no_model_is_said(tmp_path, name, message):
@@ -327,8 +351,17 @@ def test_what_is_no_model_is_said(tmp_path, name, message):
   (tmp_path / 'empty').mkdir()
   (tmp_path / 'binary').mkdir()
   (tmp_path / 'binary' / 'config.json').write_bytes(bytes(range(128, 256)))
+  (tmp_path / 'deep').mkdir()
+  (tmp_path / 'deep' / 'config.json').write_text('[' * 100_000)
   folder = str(tmp_path / name) if name else ''
   _assert_refused(folder, tmp_path / 'io.npz', message)
+
+
+def test_reference_logits_must_be_numbers(weights, tmp_path):
+  path = tmp_path / 'io.npz'
+  words = np.full((1, 4, tiny.V), 'x')
+  np.savez(path, input_ids=np.zeros((1, 4), int), logits=words)
+  _assert_refused(weights, path, 'logits of <U1 must be numbers')
 
 
 def _assert_refused(folder, path, message):
