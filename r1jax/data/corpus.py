@@ -23,6 +23,8 @@ KINDS = (
   'mixed_language',
 )
 _OTHER = {'en': 'zh', 'zh': 'en'}
+# Rows that are filled together.
+_GROUP = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +106,9 @@ def completion(
 class ArithmeticCorpus:
   """Packed rows of documents, a random access source for grain.
 
-  Row i is a function of (config, seed, i): documents drawn until the next no
-  longer fits. A document longer than a whole row is passed over.
+  Row i is a function of (config, seed, i). Rows are filled in groups of
+  neighbours: each document goes into the first row of the group that has room,
+  until one finds none. A document longer than a whole row is passed over.
   """
 
   def __init__(
@@ -135,6 +138,7 @@ class ArithmeticCorpus:
     self._num_rows = num_rows
     self._held_out = held_out
     self._thresholds = _thresholds(config)
+    self._last_group: tuple[int, list[list[list[int]]]] = -1, []
 
   def __len__(self) -> int:
     return self._num_rows
@@ -149,15 +153,10 @@ class ArithmeticCorpus:
     """
     if not 0 <= index < self._num_rows:
       raise IndexError(index)
-    T, flat, lengths = self._row_length, [], []
-    bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
-    for ids in self._documents(index):
-      if len(flat) + len(ids) + 2 > T:
-        break
-      flat += (bos, *ids, eos)
-      lengths.append(len(ids) + 2)
-    N = len(flat)
-    lengths_D = np.array(lengths)
+    T = self._row_length
+    documents = self._group(index // _GROUP)[index % _GROUP]
+    N = sum(map(len, documents))
+    lengths_D = np.array([len(ids) for ids in documents])
     starts_D = np.cumsum(lengths_D) - lengths_D
     row = {
       'tokens': np.full(T, self._tokenizer.pad_id, np.int32),
@@ -165,8 +164,8 @@ class ArithmeticCorpus:
       'segment': np.zeros(T, np.int32),
       'position': np.zeros(T, np.int32),
     }
-    row['tokens'][:N] = flat
-    row['segment'][:N] = np.repeat(np.arange(len(lengths)) + 1, lengths_D)
+    row['tokens'][:N] = np.concatenate(documents)
+    row['segment'][:N] = np.repeat(np.arange(len(documents)) + 1, lengths_D)
     row['position'][:N] = np.arange(N) - np.repeat(starts_D, lengths_D)
     row['mask'][:N] = row['position'][:N] > 0
     return row
@@ -179,16 +178,32 @@ class ArithmeticCorpus:
       f' held_out={self._held_out})'
     )
 
-  def _documents(self, index: int):
-    """Yields the ids of one row's documents, without end."""
-    rng = random.Random(arithmetic.random_bits(self._seed, index))
+  def _group(self, number: int) -> list[list[list[int]]]:
+    """The documents of each row of a group; rows are mostly read in order."""
+    last, rows = self._last_group
+    if last == number:
+      return rows
+    rows, room = [[] for _ in range(_GROUP)], [self._row_length] * _GROUP
+    for ids in self._documents(number):
+      place = next((i for i in range(_GROUP) if len(ids) <= room[i]), None)
+      if place is None:
+        break
+      rows[place].append(ids)
+      room[place] -= len(ids)
+    self._last_group = number, rows
+    return rows
+
+  def _documents(self, number: int):
+    """Yields the ids of a group's documents, bos to eos, without end."""
+    bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
+    rng = random.Random(arithmetic.random_bits(self._seed, number))
     num_unfit = 0
     while True:
       prompt, text, _ = _draw(
         self._config, self._thresholds, rng, held_out=self._held_out
       )
-      ids = self._tokenizer.encode(prompt + text)
-      if len(ids) + 2 <= self._row_length:
+      ids = [bos, *self._tokenizer.encode(prompt + text), eos]
+      if len(ids) <= self._row_length:
         yield ids
         continue
       num_unfit += 1
