@@ -394,6 +394,20 @@ def for_sampling(shardings: Any) -> Any:
   )
 
 
+def share_copies(x: jax.Array) -> jax.Array:
+  """Spreads an array that all devices of `data` have over them.
+
+  Along its first axis if they divide it, and outside `per_device`: for work on
+  parts that are independent.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  copies = mesh.shape.get('data', 1)
+  if copies == 1 or 'data' in mesh.manual_axes or x.shape[0] % copies:
+    return x
+  rest = [P.UNCONSTRAINED] * (x.ndim - 1)
+  return jax.lax.with_sharding_constraint(x, P('data', *rest))
+
+
 def without(target: NamedSharding, mesh_axes: Sequence[str]) -> NamedSharding:
   """A sharding that leaves some mesh axes out."""
   axes = [

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
+from r1jax.parallel import sharding
+
 # Input and output axes, counted from the end; what stands before them, layers
 # and experts, stacks matrices. A name not here is [..., in, out].
 _MATRICES = {
@@ -39,6 +41,7 @@ def scale_by_muon_or(
   §2.2.
   """
   muon = optax.chain(
+    optax.stateless(lambda updates, _: jax.tree.map_with_path(_share, updates)),
     contrib.scale_by_muon(weight_dimension_numbers=_dimension_numbers),
     optax.stateless(
       lambda updates, _: jax.tree.map_with_path(_rescale, updates)
@@ -67,6 +70,12 @@ def _dimension_numbers(updates: Any) -> Any:
     ),
     updates,
   )
+
+
+def _share(path: Any, update: jax.Array) -> jax.Array:
+  """Devices with the same gradients orthogonalise some of a stack each."""
+  inside = sum(matrix_axes(_name(path), update.ndim), ())
+  return update if 0 in inside else sharding.share_copies(update)
 
 
 def _rescale(path: Any, update: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ from configs.model import tiny
 from r1jax import config
 from r1jax.model import config as model_config
 from r1jax.model import transformer
+from r1jax.parallel import mesh as mesh_lib
 from r1jax.parallel import sharding
 from r1jax.train import muon, optimizer, state
 
@@ -162,3 +163,36 @@ def test_momentum_lives_where_its_parameter_lives():
   )
   # One moment of what Muon moves, two of what Adam does.
   assert sharded == [(2, 5), (2, 5), (4, 6)]
+
+
+def test_devices_with_the_same_gradients_share_the_work():
+  rng = np.random.default_rng(2)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  grads = {'gate': draw(4, 2, 64, 32), 'down': draw(32, 64)}
+  params = jax.tree.map(jnp.ones_like, grads)
+  transform = optimizer.make_optimizer(_config(), 10)
+
+  def compiled(num_devices):
+    sizes = mesh_lib.MeshConfig(data=num_devices)
+    mesh = mesh_lib.make_mesh(sizes, jax.devices()[:num_devices])
+
+    def update(grads, params):
+      return transform.update(
+        grads, transform.init(params), params, grad_norm=jnp.float32(1.0)
+      )[0]
+
+    everywhere = sharding.replicated(mesh)
+    with jax.set_mesh(mesh):
+      program = jax.jit(
+        update, in_shardings=everywhere, out_shardings=everywhere
+      )
+      return program.lower(grads, params).compile()
+
+  alone, shared = compiled(1), compiled(2)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
+    alone(grads, params),
+    shared(grads, params),
+  )
+  flops = [program.cost_analysis()['flops'] for program in (alone, shared)]
+  assert flops[1] < 0.65 * flops[0]
