@@ -19,6 +19,7 @@ The demo's model and tokenizer, which spells this text nearly byte by byte. In
 import ml_collections
 
 from configs import pretrain
+from configs.model import tiny
 
 
 def get_config(model: str = 'tiny') -> ml_collections.ConfigDict:
@@ -33,6 +34,7 @@ def get_config(model: str = 'tiny') -> ml_collections.ConfigDict:
     }
   )
   if model == 'tiny':
+    config.model = tiny.get_config('wide')
     config.model.max_length = 512  # tokens
   elif model == 'imported':
     config.model = None  # That of init_from.

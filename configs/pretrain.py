@@ -36,7 +36,7 @@ def get_config() -> ml_collections.ConfigDict:
         'clip_norm': 1.0,
       },
       'train': {
-        'num_steps': 2500,
+        'num_steps': 2250,
         'num_microbatches': 1,
         'bias_update_speed': 1e-3,  # γ, as V3.
         'balance_coef': 1e-4,  # α, as V3.
