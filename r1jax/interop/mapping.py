@@ -3,7 +3,8 @@
 One table serves import, export and every check: a leaf of ours is cut into
 slices along its stacks (layers, experts); each slice is a tensor of the
 checkpoint seen in another shape, of which a window is taken, its axes
-permuted. Linear weights are [out, in] there and [in, …, out] here.
+permuted. Linear weights are [out, in] there and [in, …, out] here, but for
+attention's `out`, [out, heads, in].
 
 Source: names as in transformers 5.23 and the released checkpoints.
 """
@@ -242,7 +243,7 @@ def _mla(c, path, at, D) -> list[Leaf]:
     norm('kv_norm', _vector(f'{at}.kv_a_layernorm.weight', C)),
     leaf('k_up', part(slice(0, N))),
     leaf('v_up', part(slice(N, N + U))),
-    leaf('out', _linear(f'{at}.o_proj', (D,), (H, U))),
+    leaf('out', _as_there(_linear(f'{at}.o_proj', (D,), (H, U)))),
   ]
   if c.indexer is not None:
     J, dim = c.indexer.num_heads, c.indexer.head_dim
@@ -260,9 +261,8 @@ def _mla(c, path, at, D) -> list[Leaf]:
 
 def _gqa(c, path, at, D) -> list[Leaf]:
   Q = c.head_dim
-  leaves = [
-    _single((*path, 'out'), _linear(f'{at}.o_proj', (D,), (c.num_heads, Q)))
-  ]
+  out = _as_there(_linear(f'{at}.o_proj', (D,), (c.num_heads, Q)))
+  leaves = [_single((*path, 'out'), out)]
   for name, heads in (
     ('q', c.num_heads),
     ('k', c.num_kv_heads),
@@ -326,9 +326,14 @@ def _linear(
   )
 
 
+def _as_there(source: Source) -> Source:
+  """Its axes in the checkpoint's order."""
+  return dataclasses.replace(source, axes=tuple(range(len(source.view))))
+
+
 def _vector_rows(name: str, rows: int, columns: int) -> Source:
   """A table of vectors is the same here."""
-  return dataclasses.replace(_linear(name, (rows,), (columns,)), axes=(0, 1))
+  return _as_there(_linear(name, (rows,), (columns,)))
 
 
 def _vector(name: str, *sizes: int) -> Source:

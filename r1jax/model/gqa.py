@@ -71,15 +71,15 @@ class Gqa(nn.Module):
       o_BTHQ = attention.flash(
         q_BTHQ, k_BSGQ, v_BSGQ, context, mode, scale=c.softmax_scale
       )
-    out_HQD = sharding.param(
+    out_DHQ = sharding.param(
       self,
       'out',
-      (H, Q, D),
-      ('heads', None, 'embed'),
+      (D, H, Q),
+      ('embed', 'heads', None),
       std=self.init_std,
       dtype=self.dtype,
     )
-    out_BTD = jnp.einsum('BTHQ,HQD->BTD', o_BTHQ, out_HQD)
+    out_BTD = jnp.einsum('BTHQ,DHQ->BTD', o_BTHQ, out_DHQ)
     return sharding.fan_in(out_BTD), cache, None
 
   def _project(self, x_BTD, name, num_heads, axis):

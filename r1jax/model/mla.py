@@ -83,7 +83,7 @@ class Mla(nn.Module):
     k_rope_BTR = rotate(k_rope_BTR, cos_BTR, sin_BTR)
     k_up_CHN = param('k_up', (C, H, N), ('rank', 'heads', None))
     v_up_CHU = param('v_up', (C, H, c.v_head_dim), ('rank', 'heads', None))
-    out_HUD = param('out', (H, c.v_head_dim, D), ('heads', None, 'embed'))
+    out_DHU = param('out', (D, H, c.v_head_dim), ('embed', 'heads', None))
 
     latent_BTC, k_rope_BTR = sharding.fan_out((latent_BTC, k_rope_BTR))
     entry = {'latent': jnp.concatenate([latent_BTC, k_rope_BTR], axis=-1)}
@@ -132,7 +132,7 @@ class Mla(nn.Module):
         o_BTHU = attention.flash(
           q_BTHQ, k_BSHQ, v_BSHU, context, mode, scale=c.softmax_scale
         )
-    out_BTD = jnp.einsum('BTHU,HUD->BTD', o_BTHU, out_HUD)
+    out_BTD = jnp.einsum('BTHU,DHU->BTD', o_BTHU, out_DHU)
     return sharding.fan_in(out_BTD), cache, learned_BT
 
   def _attend(self, q_BTHQ, k_BSHQ, v_BSHU, mask_BTS, index, mode):

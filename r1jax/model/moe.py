@@ -62,7 +62,7 @@ class Moe(nn.Module):
     param = functools.partial(param, dtype=self.dtype)
     gate_EDF = param('gate', (E, D, F), ('experts', 'expert_embed', 'mlp'))
     up_EDF = param('up', (E, D, F), ('experts', 'expert_embed', 'mlp'))
-    down_EFD = param('down', (E, F, D), ('experts', 'mlp', 'expert_embed'))
+    down_EFD = param('down', (E, F, D), ('experts', 'expert_mlp', None))
     bias_E = jnp.zeros((E,), jnp.float32)
     if c.has_bias:
       bias_E = self.variable(

@@ -42,6 +42,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   # Weights.
   'embed': _FSDP_AND_EXPERT,
   'expert_embed': _FSDP,  # Of weights with an axis of experts.
+  'expert_mlp': ('tensor', *_FSDP),  # Where `embed` is their last axis.
   'heads': 'tensor',
   'kv_heads': 'tensor',
   'mlp': 'tensor',
@@ -112,8 +113,12 @@ def gather(
   dtype = x.dtype if dtype is None else jnp.dtype(dtype)
   spec = to_spec(axes)
   for i, (local, whole) in enumerate(zip(x.shape, shape, strict=True)):
-    if local != whole and 'fsdp' in _mesh_axes(spec[i]):
-      x = _gather_axis(x, _axes_of(spec[i], whole // local), i, dtype)
+    mesh_axes = _mesh_axes(spec[i])
+    if 'tensor' in mesh_axes:  # Each of its devices has a part of its own.
+      whole //= axis_size('tensor')
+    if local != whole and 'fsdp' in mesh_axes:
+      mesh_axes = tuple(a for a in mesh_axes if a != 'tensor')
+      x = _gather_axis(x, _axes_of(mesh_axes, whole // local), i, dtype)
   return x.astype(dtype)
 
 

@@ -19,7 +19,7 @@ _MATRICES = {
   'q_proj': ((-3,), (-2, -1)),  # [D, H, Q]
   'k_proj': ((-3,), (-2, -1)),  # [D, G, Q]
   'v_proj': ((-3,), (-2, -1)),  # [D, G, Q]
-  'out': ((-3, -2), (-1,)),  # [H, U, D]
+  'out': ((-2, -1), (-3,)),  # [D, H, U]
 }
 # Lookups, choices and vectors stay with Adam.
 _ADAM = ('embedding', 'head', 'router', 'scale', 'bias')

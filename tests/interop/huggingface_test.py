@@ -215,7 +215,7 @@ def test_fp8_is_dequantised_block_by_block(tmp_path, small_blocks):
   N = a.nope_head_dim
   np.testing.assert_array_equal(attention['k_up'][1], kv_up[..., :N])
   np.testing.assert_array_equal(attention['v_up'][1], kv_up[..., N:])
-  out = by_hand(f'{at}.o_proj.weight').T.reshape(attention['out'][1].shape)
+  out = by_hand(f'{at}.o_proj.weight').reshape(attention['out'][1].shape)
   np.testing.assert_array_equal(attention['out'][1], out)
   expert = by_hand('model.layers.1.mlp.experts.5.down_proj.weight').T
   np.testing.assert_array_equal(

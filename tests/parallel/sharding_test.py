@@ -80,6 +80,7 @@ def test_local_rows_of_the_only_process_are_the_whole_batch():
   [
     ('layers', 'embed'),
     ('layers', 'mlp', 'expert_embed'),
+    ('layers', 'expert_mlp', None),
     ('layers', 'head_vocab'),
     ('layers', None),
   ],
@@ -87,7 +88,7 @@ def test_local_rows_of_the_only_process_are_the_whole_batch():
 def test_stages_of_a_pipeline_get_the_same_numbers_and_give_them_back(axes):
   sizes = {'data': 1, 'pipe': 2, 'fsdp': 2, 'tensor': 2}
   mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(**sizes))
-  rest = (4, 16)[3 - len(axes) :]
+  rest = (8, 16)[3 - len(axes) :]
   x = np.arange(4 * 5 * math.prod(rest), dtype=np.float32).reshape(4, 5, *rest)
   shared = NamedSharding(mesh, P(None, *sharding.to_spec(axes)))
   stack = NamedSharding(mesh, sharding.to_spec(axes))

@@ -80,7 +80,7 @@ def _first_update(grads, params=None, **changes):
   [
     ('kv_down', (24, 10), (24, 10)),
     ('q_up', (10, 3, 8), (10, 24)),
-    ('out', (3, 8, 10), (24, 10)),
+    ('out', (10, 3, 8), (10, 24)),
   ],
 )
 def test_a_first_step_goes_as_far_in_every_direction(name, shape, as_matrix):
