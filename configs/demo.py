@@ -2,7 +2,7 @@
 
   make demo            # or: python -m experiments.demo --workdir=runs/demo
 
-On 2 CPU cores: at most 10 minutes.
+On 2 CPU cores some ten minutes; README has what was measured.
 """
 
 import ml_collections
