@@ -113,7 +113,9 @@ class Moe(nn.Module):
     return out_BTD, metrics
 
 
-def _run_experts(x_TD, expert_TK, weight_TK, weights, config, *, is_placed):
+def _run_experts(
+  x_TD, expert_TK, weight_TK, weights, config, *, is_placed=False
+):
   """The routed part on one device: its tokens, or what its experts are sent.
 
   If they are placed, experts are replicas, of which a group's lie anywhere.
