@@ -16,6 +16,7 @@ from jax.sharding import (
 )
 
 from configs import pretrain as pretrain_config
+from configs.model import tiny
 from pallas_kernels.flash_attention import ops as flash_attention_ops
 from pallas_kernels.grouped_matmul import ops as grouped_matmul_ops
 from r1jax import config
@@ -126,13 +127,13 @@ def splash(devices: Sequence[jax.Device]) -> jax.stages.Lowered:
 def tiny_train_step(devices: Sequence[jax.Device]) -> jax.stages.Lowered:
   """Pretraining the demo's model, half of the devices on each mesh axis."""
   mesh = mesh_lib.MeshConfig(data=-1, fsdp=2)
-  run = dataclasses.replace(_demo_run(), mesh=mesh)
+  run = dataclasses.replace(demo_run(), mesh=mesh)
   return programs.build('train', run, devices).trace().lower()
 
 
 def tiny_decode_step(devices: Sequence[jax.Device]) -> jax.stages.Lowered:
   """Prefill and decode of the demo's model, 8 rows for each device."""
-  run = _demo_run()
+  run = demo_run()
   mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(), devices)
   program = generate.make_generate(
     run.model,
@@ -154,9 +155,10 @@ def tiny_decode_step(devices: Sequence[jax.Device]) -> jax.stages.Lowered:
   )
 
 
-def _demo_run() -> pretrain.PretrainConfig:
-  """The demo's base, its experts in the form for accelerators."""
+def demo_run() -> pretrain.PretrainConfig:
+  """The demo's base, wide, its experts in the form for accelerators."""
   run = pretrain_config.get_config()
+  run.model = tiny.get_config('wide')
   run.model.moe.implementation = 'grouped'
   return config.from_dict(pretrain.PretrainConfig, run.to_dict())
 

@@ -5,11 +5,8 @@ import math
 import jax
 import pytest
 
-from configs import pretrain as pretrain_config
-from r1jax import config
 from r1jax.model import transformer
 from r1jax.parallel import sharding
-from r1jax.recipe import pretrain
 from r1jax.train import optimizer
 from tests.tpu import programs
 
@@ -50,9 +47,7 @@ def test_splash_compiles_with_its_gradient_and_without_scores(compile_for_tpu):
 
 def _bytes() -> tuple[int, int]:
   """Of the demo's parameters, and of what its optimizer keeps of them."""
-  run = config.from_dict(
-    pretrain.PretrainConfig, pretrain_config.get_config().to_dict()
-  )
+  run = programs.demo_run()
   shapes = sharding.unbox(
     jax.eval_shape(lambda: transformer.init(run.model, jax.random.key(0)))
   )
