@@ -59,27 +59,24 @@ def main() -> None:
   if importlib.util.find_spec('libtpu') is None:
     raise config.UserError('libtpu is not installed: make setup-tpu does so')
   if _FIT.value:
-    reports = fit(jobs[0])
-  else:
-    reports = compile_all(jobs)
-  if json_flag.FILE.value:
-    text = json.dumps({'programs': reports}, indent=2) + '\n'
-    pathlib.Path(json_flag.FILE.value).write_text(text)
-  if all('error' in report for report in reports.values()) or (
-    not _FIT.value and any('error' in report for report in reports.values())
-  ):
-    sys.exit(1)
-
-
-def compile_all(jobs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-  """Compiles jobs one after the other, and prints a report of each."""
+    fit(jobs[0])
+    return
   reports = {}
   for job in jobs:
     name = job['program']
     print(f'{name}: compiling for {job["topology"]} …', flush=True)
     reports[name] = compile_one(job, timeout=_TIMEOUT.value)
     print(show(reports[name], job['topology']), flush=True)
-  return reports
+  _write(reports)
+  if any('error' in report for report in reports.values()):
+    sys.exit(1)
+
+
+def _write(reports: dict[str, dict[str, Any]]) -> None:
+  """Writes reports to the file of --json, if there is one."""
+  if json_flag.FILE.value:
+    text = json.dumps({'programs': reports}, indent=2) + '\n'
+    pathlib.Path(json_flag.FILE.value).write_text(text)
 
 
 def fit(job: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -107,6 +104,7 @@ def fit(job: dict[str, Any]) -> dict[str, dict[str, Any]]:
     print(show(report, job['topology']), flush=True)
     if 'error' not in report and does_fit(report, job['topology']):
       fitting[line] = report['roofline_seconds']['bound']
+  _write(reports)  # Those of what does not fit as well.
   if not fitting:
     raise config.UserError(
       f'none of these {len(chosen)} fits as compiled; try a larger --fit'

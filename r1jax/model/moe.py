@@ -80,10 +80,8 @@ class Moe(nn.Module):
       expert_BTK, weight_BTK = router.route(score_BTE, bias_E, config=c)
     with jax.named_scope('experts'):
       flat = lambda a: a.reshape(-1, a.shape[-1])
-      slot_TK, is_placed = (
-        flat(expert_BTK),
-        self.has_variable(PLACEMENT, 'count'),
-      )
+      slot_TK = flat(expert_BTK)
+      is_placed = self.has_variable(PLACEMENT, 'count')
       if is_placed:
         slot_TK = load_balance.spread(
           slot_TK,

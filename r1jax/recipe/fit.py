@@ -27,6 +27,7 @@ from r1jax import config as config_lib
 from r1jax.model import config as model_config
 from r1jax.model import transformer
 from r1jax.parallel import chips, sharding
+from r1jax.parallel import expert as expert_parallel
 from r1jax.parallel import mesh as mesh_lib
 from r1jax.train import optimizer
 
@@ -298,7 +299,15 @@ def _exchanged(c: model_config.ModelConfig, mesh: dict[str, int]) -> float:
   if c.moe is None or mesh['expert'] == 1:
     return 0.0
   m, ranks = c.moe, mesh['expert']
-  most = min(m.top_k, ranks, m.top_groups * max(ranks // m.num_groups, 1))
+  most = expert_parallel.limits(
+    1,
+    num_ranks=ranks,
+    num_experts=m.num_experts,
+    top_k=m.top_k,
+    num_groups=m.num_groups,
+    top_groups=m.top_groups,
+    receive_factor='worst',
+  ).most_ranks
   layers = c.num_layers - c.num_dense_layers
   # All with all: an n-th of a ring's links is on the way, see roofline.py.
   detour = max(min(ranks, 16), 4) / 4

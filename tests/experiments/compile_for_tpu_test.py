@@ -182,9 +182,14 @@ def test_of_the_most_promising_the_fastest_that_fits_is_named(
   assert len({str(job['config']['mesh']) for job in jobs}) == 3
 
 
-def test_nothing_that_fits_is_said(monkeypatch):
+def test_nothing_that_fits_is_said_and_what_was_compiled_kept(
+  monkeypatch, tmp_path
+):
   _compiled(monkeypatch, totals=[96 << 30] * 3, bounds=[1.0] * 3)
+  path = tmp_path / 'out.json'
+  monkeypatch.setattr(flags.FLAGS['json'], 'value', str(path))
   with pytest.raises(config_lib.UserError, match='none of these 3 fits'):
     compile_for_tpu.fit(_job())
+  assert len(json.loads(path.read_text())['programs']) == 3
   with pytest.raises(config_lib.UserError, match='knows no pipelines'):
     compile_for_tpu.fit(_job(pipe=2))
