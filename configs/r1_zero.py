@@ -42,6 +42,9 @@ def get_config() -> ml_collections.ConfigDict:
         'accuracy_weight': 1.0,
         'gap_every': 10,
         'samples_every': 10,
+        'redundant_experts': 0,  # Replicas, see EPLB in README.
+        'rebalance_every': 1,  # batches of groups
+        'load_decay': 0.9,
       },
       'loss': {
         'clip_low': 0.2,

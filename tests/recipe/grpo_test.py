@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import r1_zero
 from r1jax import config as config_lib
 from r1jax import types
 from r1jax.data import tokenizer
@@ -121,6 +122,12 @@ def test_resumes_bit_for_bit_between_two_minibatches():
   _assert_equal(after.take(1, _random()), whole[3:4])
   assert not after.rollouts  # It came from the state: nothing was sampled.
   _assert_equal(after.take(1, _random()), whole[4:])
+
+
+def test_every_choice_about_rollouts_is_a_flag():
+  # Those that a config file leaves out cannot be set on a command line.
+  fields = {f.name for f in dataclasses.fields(rollouts.RolloutConfig)}
+  assert fields - set(r1_zero.get_config().rollout) == {'rule'}
 
 
 def test_replicas_of_experts_sample_the_same_and_are_resumed():
