@@ -175,22 +175,20 @@ def absorbed(
   """Multi-query attention whose keys are also its values, [B, T, H, C].
 
   Only the first kv_lora_rank of the result mean anything: the rest, sums of
-  rotated keys, cost less than a copy of the cache without them. Scores are
-  laid out with heads last: XLA's CPU products are twice as fast that way.
+  rotated keys, cost less than a copy of the cache without them.
   """
-  score_BSTH = jnp.einsum(
-    'BTHC,BSC->BSTH',
+  score_BTHS = jnp.einsum(
+    'BTHC,BSC->BTHS',
     q_BTHC * scale,
     cache_BSC,
     preferred_element_type=jnp.float32,
   )
-  mask_BST = mask_BTS.swapaxes(1, 2)
-  score_BSTH = jnp.where(mask_BST[..., None], score_BSTH, -1e30)
-  weight_BSTH = jnp.exp(score_BSTH - score_BSTH.max(1, keepdims=True))
+  score_BTHS = jnp.where(mask_BTS[:, :, None], score_BTHS, -1e30)
+  weight_BTHS = jnp.exp(score_BTHS - score_BTHS.max(-1, keepdims=True))
   o_BTHC = jnp.einsum(
-    'BSTH,BSC->BTHC',
-    weight_BSTH.astype(cache_BSC.dtype),
+    'BTHS,BSC->BTHC',
+    weight_BTHS.astype(cache_BSC.dtype),
     cache_BSC,
     preferred_element_type=jnp.float32,
   )
-  return (o_BTHC / weight_BSTH.sum(1)[..., None]).astype(cache_BSC.dtype)
+  return (o_BTHC / weight_BTHS.sum(-1)[..., None]).astype(cache_BSC.dtype)
