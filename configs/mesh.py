@@ -36,6 +36,7 @@ def get_exchange(**changes: str | float) -> ml_collections.ConfigDict:
       'receive_factor': 'worst',  # Pods: 2.0.
       'on_overflow': 'stop',
       'fp8': False,
+      'tokens_at_once': 0,  # All. Pods: 1024.
     },
     type_safe=False,  # receive_factor is a word or a number.
   )

@@ -28,6 +28,8 @@ def get_config() -> ml_collections.ConfigDict:
     'kind': 'ragged',
     'receive_factor': 2.0,  # Times the mean; ours.
     'on_overflow': 'stop',
+    'fp8': False,
+    'tokens_at_once': 1024,  # Of 4,096; 1,024 rows for an expert on average.
   }
   config.data = {
     'paths': ('corpus.jsonl',),

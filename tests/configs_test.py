@@ -101,7 +101,7 @@ _MAY_BE_ZERO = {
   *('balance_coef', 'bias_update_speed', 'format_weight', 'accuracy_weight'),
   *('checkpoint_every', 'eval_every', 'reference_every', 'gap_every'),
   *('samples_every', 'eval_problems', 'temperature', 'top_k'),
-  *('redundant_experts', 'load_decay'),
+  *('redundant_experts', 'load_decay', 'tokens_at_once'),
 }
 
 

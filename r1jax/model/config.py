@@ -239,14 +239,18 @@ class ExchangeConfig:
     on_overflow: What happens beyond it: 'stop' the run, or 'drop' tokens.
     fp8: Tokens travel in FP8, one scale for 128 values; sums come back in the
       compute dtype, as does the gradient.
+    tokens_at_once: Tokens of a device that travel together, at most; 0 for
+      all. Of fewer, fewer rows are held, see `moe._in_parts`.
   """
 
   kind: Literal['padded', 'ragged'] = 'padded'
   receive_factor: str | float = 'worst'
   on_overflow: Literal['stop', 'drop'] = 'stop'
   fp8: bool = False
+  tokens_at_once: int = 0
 
   def __post_init__(self):
+    config_lib.check_at_least(self, 0, 'tokens_at_once')
     if self.receive_factor != 'worst':
       try:  # A flag gives a number as text.
         factor = float(self.receive_factor)
@@ -263,6 +267,13 @@ class ExchangeConfig:
       value = getattr(self, name)
       if value not in valid:
         raise ValueError(f'{name}={value!r}, it must be one of {valid}')
+
+  def num_parts(self, num_tokens: int) -> int:
+    """Equal parts that so many tokens of a device go in."""
+    parts = -(-num_tokens // (self.tokens_at_once or num_tokens))
+    while num_tokens % parts:
+      parts += 1
+    return parts
 
 
 @dataclasses.dataclass(frozen=True)

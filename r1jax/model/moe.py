@@ -120,17 +120,34 @@ def _run_experts(
 
   Returns the sums [T, D] and the overflow.
   """
-  c, dtype = config, x_TD.dtype
-  run = functools.partial(
-    routed_swiglu_ops.routed_swiglu,
-    block=c.block,
-    implementation=c.implementation,
+  c, tokens = config, (x_TD, weight_TK)
+  if sharding.axis_size(expert_parallel.AXIS) == 1:
+    out_TD = _routed_swiglu(x_TD, expert_TK, weight_TK, weights, c)
+    return out_TD, jnp.zeros(())
+  run = functools.partial(_exchange, config=c, is_placed=is_placed)
+  num_parts = c.exchange.num_parts(len(x_TD))
+  if num_parts == 1:
+    return run(tokens, weights, expert_TK)
+  return _in_parts(run, num_parts, tokens, weights, expert_TK)
+
+
+def _routed_swiglu(x_TD, expert_TK, weight_TK, weights, config, **sizes):
+  return routed_swiglu_ops.routed_swiglu(
+    x_TD,
+    expert_TK,
+    weight_TK.astype(x_TD.dtype),
+    *weights,
+    block=config.block,
+    implementation=config.implementation,
+    **sizes,
   )
+
+
+def _exchange(tokens, weights, expert_TK, *, config, is_placed):
+  """Tokens (x, weight) travel to their experts, and the sums back."""
+  c, (x_TD, weight_TK) = config, tokens
   num_local = weights[0].shape[0]
   num_ranks = sharding.axis_size(expert_parallel.AXIS)
-  if num_ranks == 1:
-    out_TD = run(x_TD, expert_TK, weight_TK.astype(dtype), *weights)
-    return out_TD, jnp.zeros(())
   T, K = expert_TK.shape
   limits = expert_parallel.limits(
     T,
@@ -152,11 +169,12 @@ def _run_experts(
     c.exchange.kind,
     in_fp8=c.exchange.fp8,
   )
-  y_ND = run(
+  y_ND = _routed_swiglu(
     x_ND,
     expert_NK,
-    weight_NK.astype(dtype),
-    *weights,
+    weight_NK,
+    weights,
+    c,
     mean_choices=T * K,
     max_choices=limits.choices,
   )
@@ -164,3 +182,48 @@ def _run_experts(
   held = (expert_NK < num_local).sum()
   overflow = plan.dropped + jnp.maximum(held - limits.choices, 0)
   return out_TD, overflow.astype(jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _in_parts(run, num_parts, tokens, weights, expert_TK):
+  """Runs parts of the tokens one after another; overflows add up.
+
+  What a device holds of them is one part's, on the way back too: nothing is
+  kept for it but the arguments, each part runs again. Gradients of weights add
+  up in float32.
+  """
+  parts = _split(num_parts, (tokens, expert_TK))
+  out_pTD, overflow_p = jax.lax.map(lambda p: run(p[0], weights, p[1]), parts)
+  return _joined(out_pTD), overflow_p.sum()
+
+
+def _in_parts_fwd(run, num_parts, *args):
+  return _in_parts(run, num_parts, *args), args
+
+
+def _in_parts_bwd(run, num_parts, args, grads):
+  tokens, weights, expert_TK = args
+
+  def add_part(total, part):
+    tokens, expert_TK, grad_TD = part
+    of_part = lambda *args: run(*args, expert_TK)
+    _, pull, _ = jax.vjp(of_part, tokens, weights, has_aux=True)
+    of_tokens, of_weights = pull(grad_TD)
+    return jax.tree.map(jnp.add, total, of_weights), of_tokens
+
+  zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
+  parts = _split(num_parts, (tokens, expert_TK, grads[0]))
+  of_weights, of_tokens = jax.lax.scan(add_part, zeros, parts)
+  of_weights = jax.tree.map(lambda g, w: g.astype(w.dtype), of_weights, weights)
+  return jax.tree.map(_joined, of_tokens), of_weights, None
+
+
+_in_parts.defvjp(_in_parts_fwd, _in_parts_bwd)
+
+
+def _split(num_parts, rows):
+  return jax.tree.map(lambda a: a.reshape(num_parts, -1, a.shape[-1]), rows)
+
+
+def _joined(a_pTX):
+  return a_pTX.reshape(-1, a_pTX.shape[-1])

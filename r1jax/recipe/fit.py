@@ -193,7 +193,7 @@ def _estimate(
   tokens = _rows_a_device(run, mesh) * run.length / mesh['context']
   local = tokens / num_microbatches  # Of one microbatch.
   width = jnp.dtype(c.dtype).itemsize
-  layer = _intermediates(c, mesh) * width  # Bytes a token in one block.
+  layer = _intermediates(c, mesh, local) * width  # Bytes a token in one block.
 
   # What blocks save, and the block that is at work.
   saved = c.num_layers * local * (c.embed_dim * width if remat else layer)
@@ -271,7 +271,9 @@ def _weights(boxed: Any, mesh: dict[str, int]) -> _Weights:
   return _Weights(own, whole, whole - own, max(layers.values()))
 
 
-def _intermediates(c: model_config.ModelConfig, mesh: dict[str, int]) -> float:
+def _intermediates(
+  c: model_config.ModelConfig, mesh: dict[str, int], num_tokens: float
+) -> float:
   """Numbers a token that the largest block keeps for its backward pass."""
   D, tensor = c.embed_dim, mesh['tensor']
   a = c.attention
@@ -290,6 +292,8 @@ def _intermediates(c: model_config.ModelConfig, mesh: dict[str, int]) -> float:
   if mesh['expert'] > 1 and m.exchange.receive_factor != 'worst':
     room = m.exchange.receive_factor
   routed = m.top_k * (2 * D + 3 * m.expert_dim / tensor) * room
+  if mesh['expert'] > 1:
+    routed /= m.exchange.num_parts(max(int(num_tokens), 1))
   shared = 3 * m.num_shared * m.expert_dim / tensor
   return 4 * D + heads / tensor + max(dense / tensor, routed + shared)
 

@@ -139,7 +139,9 @@ def suited(
       moe,
       implementation='megablox',
       block=512,
-      exchange=model_config.ExchangeConfig(kind='ragged', receive_factor=2.0),
+      exchange=model_config.ExchangeConfig(
+        kind='ragged', receive_factor=2.0, tokens_at_once=2048
+      ),
     )
   elif moe is not None:
     moe = dataclasses.replace(moe, implementation='grouped', block=128)

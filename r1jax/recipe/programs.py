@@ -310,7 +310,10 @@ def _num_choices(model, mesh, rows, length, *, split=True):
     return None
   parts = mesh.shape['context'] if split else 1
   own_rows = rows // sharding.num_batch_shards(mesh)
-  return own_rows * length // parts * model.moe.top_k
+  num_tokens = own_rows * length // parts
+  if mesh.shape['expert'] > 1:
+    num_tokens //= model.moe.exchange.num_parts(num_tokens)
+  return num_tokens * model.moe.top_k
 
 
 def _assumed(model, mesh, rows, length, **more):
@@ -323,4 +326,6 @@ def _assumed(model, mesh, rows, length, **more):
     exchange = model.moe.exchange
     shapes['exchange'] = exchange.kind
     shapes['receive factor'] = str(exchange.receive_factor)
+    if exchange.tokens_at_once:
+      shapes['tokens at once'] = f'{exchange.tokens_at_once:,}'
   return shapes

@@ -290,9 +290,12 @@ class GrpoSource:
     self._num_batches += 1
     rng = np.random.default_rng((self._num_batches, 0))
     groups = rng.permutation(groups)
+    # Of about as many tokens each: the largest minibatch has the cost of all.
+    size_PG = merged.length_B.reshape(-1, c.group_size)[groups]
     minibatches = []
-    for part in np.split(groups, c.num_minibatches):
-      chosen = (part[:, None] * c.group_size + np.arange(c.group_size)).ravel()
+    for part in packing.even_parts(size_PG.sum(1), c.num_minibatches):
+      first = groups[part, None] * c.group_size
+      chosen = (first + np.arange(c.group_size)).ravel()
       batch = packing.pack(
         merged,
         adv_PG.reshape(-1),

@@ -33,6 +33,29 @@ def best_fit(length_N: np.ndarray, row_length: int) -> list[list[int]]:
   return rows
 
 
+def even_parts(size_N: np.ndarray, num_parts: int) -> np.ndarray:
+  """Parts items so that each part has as many, and about the same total.
+
+  The largest first, each goes where the total is the smallest so far.
+
+  Args:
+    size_N: Size of each item.
+    num_parts: A divisor of N.
+
+  Returns:
+    The items of each part, [num_parts, N / num_parts].
+  """
+  parts = [[] for _ in range(num_parts)]
+  total_p = np.zeros(num_parts)
+  for item in np.argsort(-size_N, kind='stable'):
+    p = int(np.argmin(total_p))
+    parts[p].append(int(item))
+    total_p[p] += size_N[item]
+    if len(parts[p]) == len(size_N) // num_parts:
+      total_p[p] = np.inf  # Full.
+  return np.array(parts)
+
+
 def pack(
   rollout: types.Rollout,
   adv_B: np.ndarray,

@@ -88,6 +88,30 @@ def test_four_devices_compute_what_one_does_at_any_skew(skew):
     assert np.abs(b).max() > 0.1
 
 
+@pytest.mark.parametrize('tokens_at_once', [5, 6])  # 3 parts, 2.
+def test_parts_of_the_tokens_give_what_all_of_them_give(tokens_at_once):
+  args, pull_TD = _inputs('skewed')
+  whole = _programs(_CONFIG)[1](*args, pull_TD)
+  parts = _programs(_with_exchange(tokens_at_once=tokens_at_once))[1]
+  got = parts(*args, pull_TD)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(whole), strict=True):
+    np.testing.assert_allclose(a, b, atol=5e-5)
+  # Each part has a receive factor of its own, and overflows add up.
+  tight = _with_exchange(receive_factor=0.5, tokens_at_once=tokens_at_once)
+  _, overflow_R, _ = _programs(tight)[1](*args, pull_TD)
+  assert overflow_R.sum() > 0
+
+
+def test_parts_hold_fewer_rows():
+  args, pull_TD = _inputs('even')
+  held = {}
+  for tokens_at_once in (0, 3):
+    program = _programs(_with_exchange(tokens_at_once=tokens_at_once))[1]
+    compiled = program.lower(*args, pull_TD).compile()
+    held[tokens_at_once] = compiled.memory_analysis().temp_size_in_bytes
+  assert held[3] < 0.5 * held[0]
+
+
 def _emulated(
   operand, output, in_offset, send, out_offset, received, *, axis_name
 ):

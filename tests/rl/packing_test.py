@@ -27,6 +27,18 @@ def test_best_fit_takes_the_tightest_room():
   assert packing.best_fit(np.array([11, 12, 8]), _ROW) == [[1, 2], [0]]
 
 
+def test_parts_have_equal_counts_and_about_equal_totals():
+  rng = np.random.default_rng(0)
+  sizes = rng.exponential(size=32)
+  parts = packing.even_parts(sizes, 4)
+  assert parts.shape == (4, 8)
+  assert sorted(parts.ravel()) == list(range(32))
+  totals = sizes[parts].sum(1)
+  assert totals.max() < 1.1 * totals.mean()
+  drawn = sizes.reshape(4, 8).sum(1)  # As they came.
+  assert drawn.max() > 1.2 * drawn.mean()
+
+
 def _rollout(lengths, rng):
   B = len(lengths)
   rollout = types.Rollout(
