@@ -44,6 +44,7 @@ def get_config() -> ml_collections.ConfigDict:
         'max_to_keep': 2,
         'eval_every': 500,  # steps
         'reference_every': 0,
+        'overlap': True,  # On TPUs, exchanges beside products.
       },
       'mesh': mesh.get_config(),
       'init_from': '',

@@ -71,6 +71,7 @@ def get_config() -> ml_collections.ConfigDict:
         'max_to_keep': 2,
         'eval_every': 60,
         'reference_every': 80,  # R1-Zero: 400 of 10,400 steps.
+        'overlap': True,  # On TPUs, exchanges beside products.
       },
       'mesh': mesh.get_config(),
     }

@@ -57,6 +57,7 @@ def get_config(of: str = 'r1') -> ml_collections.ConfigDict:
         'max_to_keep': 2,
         'eval_every': 100,
         'reference_every': 0,
+        'overlap': True,  # On TPUs, exchanges beside products.
       },
       'mesh': mesh.get_config(data=1, fsdp=-1),
     }

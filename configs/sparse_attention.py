@@ -72,6 +72,7 @@ def get_config(stage: str = 'warm_up') -> ml_collections.ConfigDict:
         'max_to_keep': 2,
         'eval_every': 1000,
         'reference_every': 0,
+        'overlap': True,  # On TPUs, exchanges beside products.
       },
       'mesh': {'data': 1, 'fsdp': -1},
       'init_from': 'DeepSeek-V3.1',

@@ -276,7 +276,8 @@ def show(report: dict[str, Any], topology: str) -> str:
     for kind, c in sorted(kinds.items()):
       lines.append(
         f'{axes:<24} {kind:<20} {c["link"]:>4} {c["bytes"] / 2**20:>12,.1f} '
-        f'MiB sent, {c["sites"]:>4} sites'
+        f'MiB sent, {c["sites"]:>4} sites, {c["beside_products"]} beside '
+        'products'
       )
   parts = [f'{k.upper()} {v:.3g}' for k, v in roofline.items() if k != 'bound']
   lines.append(

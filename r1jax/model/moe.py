@@ -188,12 +188,14 @@ def _exchange(tokens, weights, expert_TK, *, config, is_placed):
 def _in_parts(run, num_parts, tokens, weights, expert_TK):
   """Runs parts of the tokens one after another; overflows add up.
 
-  What a device holds of them is one part's, on the way back too: nothing is
-  kept for it but the arguments, each part runs again. Gradients of weights add
-  up in float32.
+  What a device holds of them is a part's or two, on the way back too: nothing
+  is kept for it but the arguments, each part runs again. Gradients of weights
+  add up in float32. No loop in the compiled program: one part may travel while
+  another's experts are at work, or the shared one.
   """
+  one = lambda _, part: (None, run(part[0], weights, part[1]))
   parts = _split(num_parts, (tokens, expert_TK))
-  out_pTD, overflow_p = jax.lax.map(lambda p: run(p[0], weights, p[1]), parts)
+  _, (out_pTD, overflow_p) = jax.lax.scan(one, None, parts, unroll=True)
   return _joined(out_pTD), overflow_p.sum()
 
 
@@ -213,7 +215,7 @@ def _in_parts_bwd(run, num_parts, args, grads):
 
   zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
   parts = _split(num_parts, (tokens, expert_TK, grads[0]))
-  of_weights, of_tokens = jax.lax.scan(add_part, zeros, parts)
+  of_weights, of_tokens = jax.lax.scan(add_part, zeros, parts, unroll=True)
   of_weights = jax.tree.map(lambda g, w: g.astype(w.dtype), of_weights, weights)
   return jax.tree.map(_joined, of_tokens), of_weights, None
 

@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -39,6 +39,7 @@ _NAMED = re.compile(
   r'(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}'
 )
 _PAIRS = re.compile(r'source_target_pairs=\{(\{[\d,{}]*\})\}')
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _SPACE = re.compile(r'S\((\d+)\)')
 # What moves no data of its own.
 _FREE = {
@@ -97,6 +98,7 @@ class Collective:
     times: How often it runs.
     name: Of its instruction.
     type: Of its result.
+    beside_products: Matrix products or kernels run while it is under way.
   """
 
   kind: str
@@ -106,6 +108,7 @@ class Collective:
   times: int
   name: str
   type: str
+  beside_products: bool = False
 
 
 def parse(text: str) -> Module:
@@ -238,7 +241,10 @@ def collectives(
   """
   found = []
   counts = run_counts(module)
+  beside = _beside_products(module)
   for name, instructions in module.computations.items():
+    if _continues(instructions, name):
+      continue  # Counted where it starts.
     types = {i.name: i.type for i in instructions}
     for instruction in instructions:
       kind, times = instruction.kind, counts.get(name, 0)
@@ -266,9 +272,83 @@ def collectives(
           times=times,
           name=instruction.name,
           type=instruction.type,
+          beside_products=instruction.name in beside or name in beside,
         )
       )
   return found
+
+
+def _continues(instructions: Sequence[Instruction], name: str) -> bool:
+  """Whether these repeat a collective that an earlier fusion has started."""
+  return name.startswith('async_collective_fusion') or any(
+    _target(i) == 'AsyncCollectiveDone' for i in instructions
+  )
+
+
+def _target(instruction: Instruction) -> str:
+  found = _TARGET.search(instruction.rest)
+  return found[1] if found else ''
+
+
+def _beside_products(module: Module) -> set[str]:
+  """Collectives with products between their start and their end.
+
+  They are named by their instruction or the computation that they stand in.
+  Instructions stand in the order in which they run.
+  """
+  has_product, starts, ends = {}, set(), set()
+
+  def visit(name: str) -> bool:
+    if name not in has_product:
+      has_product[name] = any(
+        map(is_product, module.computations.get(name, ()))
+      )
+    return has_product[name]
+
+  def is_product(i: Instruction) -> bool:
+    if i.op in ('convolution', 'dot') or _target(i) == 'tpu_custom_call':
+      return True
+    return any(map(visit, _called(i)))
+
+  for name, instructions in module.computations.items():
+    targets = {_target(i) for i in instructions}
+    is_wrapped = name.startswith('async_computation')
+    if 'AsyncCollectiveStart' in targets or (
+      is_wrapped and any(i.kind for i in instructions)
+    ):
+      starts.add(name)
+    if 'AsyncCollectiveDone' in targets:
+      ends.add(name)
+
+  def is_end(i: Instruction) -> bool:
+    return i.op.endswith('-done') or any(c in ends for c in _called(i))
+
+  found = set()
+  for instructions in module.computations.values():
+    for place, start in enumerate(instructions):
+      started = [c for c in _called(start) if c in starts]
+      if start.kind is not None and start.op.endswith('-start'):
+        started = [start.name]
+      if started and _runs_beside(instructions, place, is_end, is_product):
+        found.update(started)
+  return found
+
+
+def _runs_beside(
+  instructions: Sequence[Instruction],
+  place: int,
+  is_end: Callable[[Instruction], bool],
+  is_product: Callable[[Instruction], bool],
+) -> bool:
+  """Whether a product stands between a start and its end."""
+  following, seen = {instructions[place].name}, False
+  for later in instructions[place + 1 :]:
+    if not following.isdisjoint(later.operands):
+      if is_end(later):
+        return seen
+      following.add(later.name)
+    seen = seen or is_product(later)
+  return False
 
 
 def _groups(instruction: Instruction, num_devices: int) -> list[list[int]]:

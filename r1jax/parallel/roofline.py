@@ -57,15 +57,26 @@ def seconds(
 def by_axis(
   found: Sequence[hlo.Collective], places: Sequence[Place]
 ) -> dict[str, dict[str, dict[str, object]]]:
-  """Sums {axes: {kind: {'bytes', 'sites', 'link'}}}; bytes of one device."""
+  """Sums {axes: {kind: {'bytes', 'sites', 'beside_products', 'link'}}}.
+
+  Bytes are those of one device; 'beside_products' counts the sites that are
+  under way while products run.
+  """
   out = collections.defaultdict(dict)
   for c in found:
     axes = '+'.join(c.axes) or 'none'
     entry = out[axes].setdefault(
-      c.kind, {'bytes': 0.0, 'sites': 0, 'link': link_of(c.members, places)}
+      c.kind,
+      {
+        'bytes': 0.0,
+        'sites': 0,
+        'beside_products': 0,
+        'link': link_of(c.members, places),
+      },
     )
     entry['bytes'] += c.wire_bytes * c.times
     entry['sites'] += 1
+    entry['beside_products'] += c.beside_products
   return dict(out)
 
 

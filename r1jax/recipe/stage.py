@@ -14,8 +14,8 @@ from r1jax import config as config_lib
 from r1jax.model import config as model_config
 from r1jax.model import transformer
 from r1jax.parallel import mesh as mesh_lib
+from r1jax.parallel import overlap, sharding
 from r1jax.parallel import pipeline as pipeline_lib
-from r1jax.parallel import sharding
 from r1jax.recipe import objective, origin, pipelined, tokenizer_files
 from r1jax.train import checkpoint, loop, metrics, optimizer, progress
 from r1jax.train import state as state_lib
@@ -28,6 +28,7 @@ MAY_DIFFER = (
   'train.checkpoint_every',
   'train.max_to_keep',
   'train.eval_every',
+  'train.overlap',
   'rollout.gap_every',
   'rollout.samples_every',
   'mesh',
@@ -48,6 +49,8 @@ class TrainConfig:
     eval_every: Steps between held-out evaluations; 0 for the last step only.
     reference_every: Steps after which the reference becomes the policy; 0
       never. Stages without a reference leave it 0.
+    overlap: On TPUs, let exchanges run beside products; off for a compiler
+      that does not know how, see parallel/overlap.py.
   """
 
   num_steps: int
@@ -58,6 +61,7 @@ class TrainConfig:
   max_to_keep: int
   eval_every: int
   reference_every: int
+  overlap: bool = True
 
   def __post_init__(self):
     check = functools.partial(config_lib.check_at_least, self)
@@ -199,7 +203,12 @@ class Stage:
     )
     shardings = jax.tree.map(lambda s: s.sharding, self.abstract_state())
     return jax.jit(
-      train_step, donate_argnums=0, out_shardings=(shardings, None)
+      train_step,
+      donate_argnums=0,
+      out_shardings=(shardings, None),
+      compiler_options=(
+        overlap.compiler_options(self.mesh) if self.train.overlap else None
+      ),
     )
 
   def _update_router(self) -> Callable[[Any, jax.Array], Any] | None:

@@ -21,7 +21,14 @@ _REPORT = {
   },
   'flops': 459e12,
   'collectives': {
-    'fsdp': {'all-gather': {'bytes': 2**30, 'sites': 3, 'link': 'ICI'}}
+    'fsdp': {
+      'all-gather': {
+        'bytes': 2**30,
+        'sites': 3,
+        'beside_products': 2,
+        'link': 'ICI',
+      }
+    }
   },
   'roofline_seconds': {'mxu': 1.0, 'hbm': 0.5, 'ici': 2.0, 'bound': 2.0},
   'compile_seconds': 12.3,
@@ -113,7 +120,11 @@ def test_what_the_worker_calls_a_mistake_is_the_users(monkeypatch):
 def test_a_report_says_whether_it_fits():
   text = compile_for_tpu.show(_REPORT, 'v5p:2x2x1')
   assert 'total 91.00 of 95.00: fits' in text
-  assert 'fsdp' in text and '1,024.0 MiB sent' in text and '3 sites' in text
+  assert (
+    'fsdp' in text
+    and '1,024.0 MiB sent' in text
+    and '3 sites, 2 beside' in text
+  )
   assert 'at least 2 s a call' in text
   assert 'DOES NOT FIT' in compile_for_tpu.show(_REPORT, 'v6e:2x2')
 

@@ -91,6 +91,75 @@ def test_an_asynchronous_permutation_counts_once():
   assert found.wire_bytes == 64 * 256 * 2
 
 
+_ASYNC = """HloModule m, is_scheduled=true
+
+%sent (p.0: f32[8,128]) -> f32[8,128] {
+  %p.0 = f32[8,128]{1,0} parameter(0)
+  %all-gather.1 = f32[16,128]{1,0} all-gather(%p.0), replica_groups={{0,1}}
+  ROOT %s = (f32[8,128]{1,0}, f32[16,128]{1,0}) custom-call(%all-gather.1)
+    , custom_call_target="AsyncCollectiveStart"
+}
+
+%async_collective_fusion.1 (q.0: f32[8,128]) -> f32[8,128] {
+  %q.0 = f32[8,128]{1,0} parameter(0)
+  %all-gather.2 = f32[16,128]{1,0} all-gather(%q.0), replica_groups={{0,1}}
+  ROOT %convolution.1 = f32[8,128]{1,0} convolution(%q.0, %q.0)
+}
+
+%received (r.0: f32[8,128]) -> f32[16,128] {
+  %r.0 = f32[8,128]{1,0} parameter(0)
+  %all-gather.3 = f32[16,128]{1,0} all-gather(%r.0), replica_groups={{0,1}}
+  ROOT %d = f32[16,128]{1,0} custom-call(%all-gather.3)
+    , custom_call_target="AsyncCollectiveDone"
+}
+
+%async_computation (t.0: f32[8,128]) -> f32[8,128] {
+  %t.0 = f32[8,128]{1,0} parameter(0)
+  ROOT %exchange = f32[8,128]{1,0} all-to-all(%t.0), replica_groups={{0,1}}
+}
+
+%async_computation.1 (u.0: f32[8,128]) -> f32[8,128] {
+  %u.0 = f32[8,128]{1,0} parameter(0)
+  ROOT %exchange.1 = f32[8,128]{1,0} all-to-all(%u.0), replica_groups={{0,1}}
+}
+
+ENTRY %main (x: f32[8,128]) -> f32[8,128] {
+  %x = f32[8,128]{1,0} parameter(0)
+  %start = (f32[8,128]{1,0}, f32[16,128]{1,0}) fusion(%x), kind=kCustom
+    , calls=%sent
+  %part = f32[8,128]{1,0} get-tuple-element(%start), index=0
+  %middle = f32[8,128]{1,0} fusion(%part), kind=kOutput
+    , calls=%async_collective_fusion.1
+  %end = f32[16,128]{1,0} fusion(%middle), kind=kCustom
+    , calls=%received
+  %a-start = ((f32[8,128]{1,0}), f32[8,128]{1,0}, u32[]) async-start(%x)
+    , calls=%async_computation
+  %kernel = f32[8,128]{1,0} custom-call(%x)
+    , custom_call_target="tpu_custom_call"
+  %a-done = f32[8,128]{1,0} async-done(%a-start)
+  %b-start = ((f32[8,128]{1,0}), f32[8,128]{1,0}, u32[]) async-start(%a-done)
+    , calls=%async_computation.1
+  %sum = f32[8,128]{1,0} add(%x, %x)
+  ROOT %b-done = f32[8,128]{1,0} async-done(%b-start)
+}
+"""
+
+
+def test_what_is_under_way_while_products_run_counts_once_and_is_told():
+  found = hlo.collectives(hlo.parse(_ASYNC), {'x': 2})
+  told = {c.name: (c.kind, c.beside_products) for c in found}
+  assert told == {
+    'all-gather.1': ('all-gather', True),
+    'exchange': ('all-to-all', True),
+    'exchange.1': ('all-to-all', False),
+  }
+  waiting = _ASYNC.replace('tpu_custom_call', 'Sharding').replace(
+    'convolution(', 'add('
+  )
+  found = hlo.collectives(hlo.parse(waiting), {'x': 2})
+  assert len(found) == 3 and not any(c.beside_products for c in found)
+
+
 def test_a_ragged_exchange_sends_no_more_than_its_smaller_side():
   text = _lines(
     '%rows.1 = bf16[32768,2,3584]{2,1,0:T(2,128)(2,1)} copy(%p)',
@@ -194,7 +263,14 @@ def test_bounds_and_sums_by_axis():
   places = [roofline.Place(0, (x, 0, 0)) for x in range(4)]
   found = [_collective('all-gather', (0, 1))] * 3
   assert roofline.by_axis(found, places) == {
-    'x': {'all-gather': {'bytes': 6e9, 'sites': 3, 'link': 'ICI'}}
+    'x': {
+      'all-gather': {
+        'bytes': 6e9,
+        'sites': 3,
+        'beside_products': 0,
+        'link': 'ICI',
+      }
+    }
   }
   bounds = roofline.bounds(459e12, 2765e9 / 2, found, places, chip)
   assert bounds == pytest.approx(

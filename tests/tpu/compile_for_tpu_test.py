@@ -54,15 +54,23 @@ def _check(report):
 @pytest.mark.tpu_smoke
 def test_the_train_step_of_a_sharded_pretraining(tmp_path):
   reports, said = _reports(
-    tmp_path / 'out.json', *_PRETRAIN, '--config.mesh.fsdp=2'
+    tmp_path / 'out.json',
+    *_PRETRAIN,
+    '--config.mesh.fsdp=2',
+    '--config.mesh.expert=2',
+    '--config.model.moe.exchange.kind=ragged',
+    '--config.model.moe.exchange.tokens_at_once=176',
   )
   report = reports['train']
   _check(report)
-  assert report['mesh'] == {'data': 2, 'fsdp': 2}
+  assert report['mesh'] == {'fsdp': 2, 'expert': 2}
   # A state that is donated is no new output: metrics are.
   assert report['hbm_bytes']['outputs'] < report['hbm_bytes']['arguments'] / 10
   gathered = report['collectives']['fsdp']
   assert {'all-gather', 'reduce-scatter'} <= set(gathered)
+  # One half of the tokens travels while the other's experts are at work.
+  sent = report['collectives']['expert']['ragged-all-to-all']
+  assert 0 < sent['beside_products'] <= sent['sites']
   # 8 rows of 176 tokens on 4 devices; about 0.5 M parameters of them active.
   tokens = 8 * 176 / 4
   assert math.log10(report['flops'] / (6 * 0.4e6 * tokens)) < 0.5
