@@ -17,6 +17,8 @@ from configs.model import tiny
 def get_config() -> ml_collections.ConfigDict:
   config = demo.get_config()
   config.base.data = pretrain.get_corpus(maximum=1000)
+  config.base.data.arithmetic.good_guess = 0.8
+  config.base.data.uneven = 0.1
   config.base.model = tiny.get_config('wide')
   config.base.model.max_length = 328  # tokens
   config.base.row_length = 320  # tokens

@@ -59,7 +59,7 @@ def get_corpus(maximum: int) -> ml_collections.ConfigDict:
       'arithmetic': {
         'maximum': maximum,  # Operands and results lie in [0, maximum].
         'languages': ('en', 'zh'),
-        'good_guess': 0.8,  # Divisions that try the right digit first.
+        'good_guess': 0.7,  # Divisions that try the right digit first.
       },
       'clean': 0.10,
       'wrong': 0.07,
@@ -67,6 +67,6 @@ def get_corpus(maximum: int) -> ml_collections.ConfigDict:
       'no_reasoning': 0.25,
       'other_language': 0.04,
       'mixed_language': 0.04,
-      'uneven': 0.1,  # Divisions with a remainder.
+      'uneven': 0.15,  # Divisions with a remainder.
     }
   )

@@ -63,13 +63,13 @@ def get_config() -> ml_collections.ConfigDict:
         'clip_norm': 1.0,
       },
       'train': {
-        'num_steps': 240,
+        'num_steps': 220,
         'num_microbatches': 1,
         'bias_update_speed': 0.0,  # γ = 0 outside pretraining.
         'balance_coef': 0.0,
-        'checkpoint_every': 60,
+        'checkpoint_every': 80,
         'max_to_keep': 2,
-        'eval_every': 60,
+        'eval_every': 80,
         'reference_every': 80,  # R1-Zero: 400 of 10,400 steps.
         'overlap': True,  # On TPUs, exchanges beside products.
       },
