@@ -269,7 +269,8 @@ def show(report: dict[str, Any], topology: str) -> str:
     ', '.join(f'{k} {v}' for k, v in report['shapes'].items()),
     f'HBM per device, GiB: arguments {gib(hbm["arguments"])}, temporaries '
     f'{gib(hbm["temporaries"])}, new outputs {gib(hbm["outputs"])}, total '
-    f'{gib(hbm["total"])} of {gib(chip.hbm_bytes)}: {fits}',
+    f'{gib(hbm["total"])} of {gib(chip.hbm_bytes)}: {fits}; in use at once '
+    f'{gib(hbm["peak"])}',
     f'FLOPs per device: {report["flops"]:.3e}',
   ]
   for axes, kinds in sorted(report['collectives'].items()):

@@ -119,7 +119,11 @@ def describe(
   )
   chip = chips.find(topology)[0].per_device()
   return {
-    'hbm_bytes': {**hbm, 'total': sum(hbm.values())},
+    'hbm_bytes': {
+      **hbm,
+      'total': sum(hbm.values()),
+      'peak': memory.peak_memory_in_bytes,  # In use at once.
+    },
     'flops': count,
     'collectives': roofline.by_axis(found, places),
     'roofline_seconds': roofline.bounds(

@@ -18,6 +18,7 @@ _REPORT = {
     'temporaries': 30 << 30,
     'outputs': 1 << 30,
     'total': 91 << 30,
+    'peak': 77 << 30,
   },
   'flops': 459e12,
   'collectives': {
@@ -119,12 +120,9 @@ def test_what_the_worker_calls_a_mistake_is_the_users(monkeypatch):
 
 def test_a_report_says_whether_it_fits():
   text = compile_for_tpu.show(_REPORT, 'v5p:2x2x1')
-  assert 'total 91.00 of 95.00: fits' in text
-  assert (
-    'fsdp' in text
-    and '1,024.0 MiB sent' in text
-    and '3 sites, 2 beside' in text
-  )
+  assert 'total 91.00 of 95.00: fits; in use at once 77.00' in text
+  assert 'fsdp' in text and '1,024.0 MiB sent' in text
+  assert '3 sites, 2 beside products' in text
   assert 'at least 2 s a call' in text
   assert 'DOES NOT FIT' in compile_for_tpu.show(_REPORT, 'v6e:2x2')
 

@@ -40,6 +40,7 @@ def _check(report):
   hbm = report['hbm_bytes']
   parts = (hbm[k] for k in ('arguments', 'temporaries', 'outputs'))
   assert sum(parts) == hbm['total'] < 95 << 30
+  assert 0 < hbm['peak'] < 95 << 30
   times = dict(report['roofline_seconds'])
   bound = times.pop('bound')
   assert set(times) == {'mxu', 'hbm', 'ici'}
