@@ -17,6 +17,9 @@ from r1jax.parallel import load_balance, sharding
 # 'replica' [E, X] and 'count' [E] of each layer, see `load_balance.Placement`.
 PLACEMENT = 'placement'
 
+# Parts of the tokens that stand side by side in the program; more go in a loop.
+_UNROLLED_PARTS = 4
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -190,12 +193,13 @@ def _in_parts(run, num_parts, tokens, weights, expert_TK):
 
   What a device holds of them is a part's or two, on the way back too: nothing
   is kept for it but the arguments, each part runs again. Gradients of weights
-  add up in float32. No loop in the compiled program: one part may travel while
-  another's experts are at work, or the shared one.
+  add up in float32. Parts follow each other without a loop between them: one
+  may travel while another's experts are at work, or the shared one.
   """
   one = lambda _, part: (None, run(part[0], weights, part[1]))
   parts = _split(num_parts, (tokens, expert_TK))
-  _, (out_pTD, overflow_p) = jax.lax.scan(one, None, parts, unroll=True)
+  unroll = min(num_parts, _UNROLLED_PARTS)
+  _, (out_pTD, overflow_p) = jax.lax.scan(one, None, parts, unroll=unroll)
   return _joined(out_pTD), overflow_p.sum()
 
 
@@ -215,7 +219,8 @@ def _in_parts_bwd(run, num_parts, args, grads):
 
   zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
   parts = _split(num_parts, (tokens, expert_TK, grads[0]))
-  of_weights, of_tokens = jax.lax.scan(add_part, zeros, parts, unroll=True)
+  unroll = min(num_parts, _UNROLLED_PARTS)
+  of_weights, of_tokens = jax.lax.scan(add_part, zeros, parts, unroll=unroll)
   of_weights = jax.tree.map(lambda g, w: g.astype(w.dtype), of_weights, weights)
   return jax.tree.map(_joined, of_tokens), of_weights, None
 
