@@ -65,7 +65,14 @@ _GQA = dataclasses.replace(
 _ONE_LAYER = dataclasses.replace(
   CONFIG, num_layers=1, num_dense_layers=0, mtp_depth=0
 )
-_CHUNKED = dataclasses.replace(CONFIG, attention_implementation='chunked')
+# Attention a piece at a time, and tokens to their experts.
+_CHUNKED = dataclasses.replace(
+  CONFIG,
+  attention_implementation='chunked',
+  moe=dataclasses.replace(
+    CONFIG.moe, exchange=model_config.ExchangeConfig(tokens_at_once=4)
+  ),
+)
 _DEEP = dataclasses.replace(CONFIG, num_layers=5, mtp_depth=0)
 CONFIGS = {
   'deep': _DEEP,
