@@ -101,10 +101,18 @@ def test_three_parts_of_the_tokens_give_what_all_of_them_give():
 
 
 def test_each_part_has_its_own_receive_factor_and_overflows_add_up():
-  args, pull_TD = _inputs('skewed')
-  tight = _with_exchange(receive_factor=0.5, tokens_at_once=5)
-  _, overflow_R, _ = _programs(tight)[1](*args, pull_TD)
-  assert overflow_R.sum() > 0
+  (*tokens, weights), pull_TD = _inputs('skewed')
+  tight = {'receive_factor': 0.5}
+  together = _programs(_with_exchange(**tight, tokens_at_once=5))[1]
+  _, overflow_R, _ = together(*tokens, weights, pull_TD)
+  alone = _programs(_with_exchange(**tight))[1]
+  total_R = 0
+  split = lambda a: a.reshape(_R, 3, _T // 3, -1).swapaxes(0, 1)
+  for part in zip(*map(split, (*tokens, pull_TD)), strict=True):
+    *part, pull_PD = (a.reshape(-1, a.shape[-1]) for a in part)
+    total_R += alone(*part, weights, pull_PD)[1]
+  np.testing.assert_array_equal(overflow_R, total_R)
+  assert total_R.sum() > 0
 
 
 def test_many_parts_hold_fewer_rows_and_give_the_same():
