@@ -52,7 +52,8 @@ _COMPILATION_CACHE = flags.DEFINE_string(
   'compilation_cache',
   None,
   'Folder of compiled programs shared by all runs; "off" for none. Default: '
-  '$JAX_COMPILATION_CACHE_DIR, or r1jax/jax in the cache folder of the user.',
+  '$JAX_COMPILATION_CACHE_DIR, or r1jax/jax in the cache folder of the user. '
+  'Not used with several CPU devices.',
 )
 
 _DISTRIBUTED = flags.DEFINE_bool(
@@ -159,12 +160,17 @@ def set_up_jax(*, default_host_devices: int | None = None) -> None:
     count = default_host_devices or num_host_devices()
   if count is not None:
     jax.config.update('jax_num_cpu_devices', count)
-  jax.config.update('jax_compilation_cache_dir', _compilation_cache())
   _join_processes()
   try:
     devices = jax.devices()
   except RuntimeError as e:
     raise config.UserError(f'jax finds no device: {_one_line(e)}') from e
+  # XLA's CPU programs come out of a cache without the order of their
+  # collectives (each gets a communicator of its own): those of several devices
+  # mix them up, and hang, abort or compute something else.
+  cached = devices[0].platform != 'cpu' or len(devices) == 1
+  folder = _compilation_cache() if cached else None
+  jax.config.update('jax_compilation_cache_dir', folder)
   # Not on stdout, which belongs to what the program prints.
   print(
     f'jax {jax.__version__} on {devices[0].platform}: '

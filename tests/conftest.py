@@ -20,7 +20,7 @@ os.environ['XLA_FLAGS'] = ' '.join(
     quick.XLA_FLAGS,
   ]
 ).strip()
-os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_CACHE / 'jax'))
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_CACHE / 'programs'))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.3')
 os.environ.setdefault(
   'HYPOTHESIS_STORAGE_DIRECTORY', str(_CACHE / 'hypothesis')
@@ -28,6 +28,8 @@ os.environ.setdefault(
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
+
+quick.cache_programs_of_one_device()
 
 # A draw that compiles takes far longer than hypothesis's 200 ms.
 hypothesis.settings.register_profile('r1jax', deadline=None)

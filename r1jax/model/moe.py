@@ -197,10 +197,8 @@ def _in_parts(run, num_parts, tokens, weights, expert_TK):
   may travel while another's experts are at work, or the shared one.
   """
   one = lambda _, part: (None, run(part[0], weights, part[1]))
-  parts = _split(num_parts, (tokens, expert_TK))
-  unroll = min(num_parts, _UNROLLED_PARTS)
-  _, (out_pTD, overflow_p) = jax.lax.scan(one, None, parts, unroll=unroll)
-  return _joined(out_pTD), overflow_p.sum()
+  _, (out_TD, overflow_p) = _scan_parts(num_parts, one, None, tokens, expert_TK)
+  return out_TD, overflow_p.sum()
 
 
 def _in_parts_fwd(run, num_parts, *args):
@@ -218,19 +216,24 @@ def _in_parts_bwd(run, num_parts, args, grads):
     return jax.tree.map(jnp.add, total, of_weights), of_tokens
 
   zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
-  parts = _split(num_parts, (tokens, expert_TK, grads[0]))
-  unroll = min(num_parts, _UNROLLED_PARTS)
-  of_weights, of_tokens = jax.lax.scan(add_part, zeros, parts, unroll=unroll)
+  of_weights, of_tokens = _scan_parts(
+    num_parts, add_part, zeros, tokens, expert_TK, grads[0]
+  )
   of_weights = jax.tree.map(lambda g, w: g.astype(w.dtype), of_weights, weights)
-  return jax.tree.map(_joined, of_tokens), of_weights, None
+  return of_tokens, of_weights, None
 
 
 _in_parts.defvjp(_in_parts_fwd, _in_parts_bwd)
 
 
-def _split(num_parts, rows):
-  return jax.tree.map(lambda a: a.reshape(num_parts, -1, a.shape[-1]), rows)
-
-
-def _joined(a_pTX):
-  return a_pTX.reshape(-1, a_pTX.shape[-1])
+def _scan_parts(num_parts, body, init, *rows):
+  """Scans over parts of rows [T, …], and joins what the parts give by rows."""
+  split = lambda a: a.reshape(num_parts, -1, a.shape[-1])
+  join = lambda a: a.reshape(-1, a.shape[-1]) if a.ndim > 2 else a
+  last, out = jax.lax.scan(
+    body,
+    init,
+    jax.tree.map(split, rows),
+    unroll=min(num_parts, _UNROLLED_PARTS),
+  )
+  return last, jax.tree.map(join, out)

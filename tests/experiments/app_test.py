@@ -316,24 +316,28 @@ def test_interrupt_is_one_line(folder):
   assert process.returncode == 130
 
 
-def test_set_up_jax_splits_the_host_and_finds_the_cache(folder):
+@pytest.mark.parametrize(
+  ('devices', 'cache'), [(1, '/home/cache/r1jax/jax'), (3, 'None')]
+)
+def test_set_up_jax_splits_the_host_and_finds_the_cache(folder, devices, cache):
   result = _run(
     folder,
     '--mode=jax',
-    '--host_devices=3',
+    f'--host_devices={devices}',
     JAX_COMPILATION_CACHE_DIR='',
     XDG_CACHE_HOME='/home/cache',
   )
   assert result.returncode == 0
-  assert ' on cpu: 3 devices (cpu)\n' in result.stderr
-  assert result.stdout == '/home/cache/r1jax/jax\n'
+  assert f' on cpu: {devices} devices (cpu)\n' in result.stderr
+  assert result.stdout == f'{cache}\n'
 
 
 @pytest.mark.parametrize(
   ('given', 'used'), [('off', 'None'), ('/elsewhere', '/elsewhere')]
 )
 def test_compilation_cache_as_given(folder, given, used):
-  result = _run(folder, '--mode=jax', f'--compilation_cache={given}')
+  arguments = ('--mode=jax', '--host_devices=1', f'--compilation_cache={given}')
+  result = _run(folder, *arguments)
   assert result.stdout == f'{used}\n'
 
 

@@ -89,6 +89,16 @@ def _assert_equal(a, b):
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+def _assert_same_samples(a, b):
+  """Equal but for the log-probabilities' rounding, if rows stand elsewhere."""
+
+  def check(x, y):
+    rtol = 1e-6 if np.issubdtype(x.dtype, np.floating) else 0
+    np.testing.assert_allclose(x, y, rtol=rtol)
+
+  jax.tree.map(check, a, b)
+
+
 def _sequences(batch: types.PolicyBatch):
   """Yields (tokens, advantage, sampled tokens) of every packed completion."""
   for b in range(batch.tokens_BT.shape[0]):
@@ -133,7 +143,7 @@ def test_every_choice_about_rollouts_is_a_flag():
 def test_replicas_of_experts_sample_the_same_and_are_resumed():
   whole = _Recorded().take(4, _random())
   replicated = _Recorded(redundant_experts=4, load_decay=0.5)
-  _assert_equal(replicated.take(3, _random()), whole[:3])
+  _assert_same_samples(replicated.take(3, _random()), whole[:3])
   figures = replicated.metrics[-1][1]
   # All on one device: in balance, whatever the load.
   assert (
@@ -142,7 +152,7 @@ def test_replicas_of_experts_sample_the_same_and_are_resumed():
   packed = source_state.pack(replicated.source.get_state())
   after = _Recorded(redundant_experts=4, load_decay=0.5)
   after.source.set_state(source_state.unpack(packed))
-  _assert_equal(after.take(1, _random()), whole[3:])
+  _assert_same_samples(after.take(1, _random()), whole[3:])
   placements = [r.source._experts.placement for r in (replicated, after)]
   _assert_equal(*placements)
   assert (

@@ -8,8 +8,8 @@ to blame when the compiler aborts the process, which it may.
 
 import collections
 import importlib
+import itertools
 import json
-import re
 import sys
 import time
 
@@ -20,10 +20,7 @@ tpu_compiler.set_up()
 import jax  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
-_COLLECTIVE = re.compile(
-  r'= \S+.* (all-reduce|all-gather|all-to-all|ragged-all-to-all|'
-  r'reduce-scatter|collective-permute)(?:-start)?\('
-)
+from r1jax.parallel import hlo  # noqa: E402
 
 
 def main(topology: str, names: list[str]) -> None:
@@ -52,7 +49,9 @@ def main(topology: str, names: list[str]) -> None:
 def _describe(compiled: jax.stages.Compiled) -> dict[str, object]:
   """Returns per-device memory, FLOPs (a scan's body once) and collectives."""
   memory = compiled.memory_analysis()
-  sites = collections.Counter(_COLLECTIVE.findall(compiled.as_text()))
+  module = hlo.parse(compiled.as_text())
+  instructions = itertools.chain.from_iterable(module.computations.values())
+  sites = collections.Counter(i.kind for i in instructions if i.kind)
   return {
     'argument_bytes': memory.argument_size_in_bytes,
     'output_bytes': memory.output_size_in_bytes,
