@@ -127,6 +127,7 @@ def run(
   if config.init_from and not is_new:
     _claim(workdir, config)
   variables, step = origin.load_variables(source, model, mesh, say=say)
+  variables = generate.make_reshard(model, mesh)(variables)
   if config.init_from and is_new:
     _claim(workdir, config)
   make = lambda sampling: generate.make_generate(

@@ -236,8 +236,7 @@ def _decode(config, model, mesh):
 def _reshard(config, model, mesh):
   del config
   variables = origin.abstract_variables(model, mesh)
-  layout = sharding.for_sampling(transformer.shardings(model, mesh))
-  function = jax.jit(lambda variables: variables, out_shardings=layout)
+  function = jax.jit(generate.make_reshard(model, mesh))
   count = sum(x.size for x in jax.tree.leaves(variables))
   return Program(function, (variables,), mesh, {'parameters': f'{count:,}'})
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -229,6 +230,7 @@ class GrpoSource:
     self._advantage = jax.jit(advantage)
     self._use_reference = use_reference
     self._key = jax.random.key(seed)
+    self._reshard = generate.make_reshard(model, mesh)
     self._generate = make_sampler(config, model, mesh, tokenizer)
     self._score = scoring.make_score(tokenizer, config.rule)
     self._logp = jax.jit(
@@ -272,15 +274,19 @@ class GrpoSource:
   def _sample(self, state: Any) -> list[types.PolicyBatch]:
     """One batch of groups, as minibatches of packed rows."""
     c, step = self._config, int(state.step) + 1
+    start = time.perf_counter()
+    variables = jax.block_until_ready(self._reshard(state.variables))
+    reshard_seconds = time.perf_counter() - start
     rollouts, scores, informative = [], [], []
     while len(rollouts) < c.max_rollouts:
-      rollout, score = self._rollout(state.variables, step)
+      rollout, score = self._rollout(variables, step)
       rollouts.append(rollout)
       scores.append(score)
       spread_P = score['reward'].max(1) - score['reward'].min(1)
       informative.append(spread_P > 1e-6)
       if np.concatenate(informative).sum() >= c.num_prompts:
         break
+    del variables  # On many devices, a copy that lies elsewhere.
     merged = jax.tree.map(lambda *xs: np.concatenate(xs), *rollouts)
     score = {k: np.concatenate([s[k] for s in scores]) for k in scores[0]}
     adv_PG = np.asarray(self._advantage(score['reward']))
@@ -312,6 +318,7 @@ class GrpoSource:
         )
       minibatches.append(batch)
     metrics = self._metrics(merged, score, np.concatenate(informative))
+    metrics['perf/reshard_seconds'] = reshard_seconds
     metrics['rl/reward_trained'] = score['reward'][groups].mean()
     if c.gap_every and self._num_batches % c.gap_every == 1 % c.gap_every:
       metrics |= self._gap(state.variables, minibatches[0])

@@ -344,6 +344,25 @@ def make_generate(
   return _with_rows(run, config, mesh)
 
 
+def make_reshard(
+  config: model_config.ModelConfig, mesh: jax.sharding.Mesh
+) -> Callable[[Any], Any]:
+  """A function of variables: from where they are trained to where they sample.
+
+  One jitted program; where that is the same place, they are given back as they
+  are. The programs of this module move what lies elsewhere by themselves, in
+  each call: moved before, variables are moved once for several calls.
+  """
+  trained = transformer.shardings(config, mesh)
+  layout = sharding.for_sampling(trained)
+  same = jax.tree.map(
+    lambda a, b: a.is_equivalent_to(b, len(b.spec)), trained, layout
+  )
+  if all(jax.tree.leaves(same)):
+    return lambda variables: variables
+  return jax.jit(lambda variables: variables, out_shardings=layout)
+
+
 def make_prefill(
   config: model_config.ModelConfig,
   mesh: jax.sharding.Mesh,

@@ -205,6 +205,27 @@ def test_eight_devices_sample_what_one_does(greedy, sizes, replicas):
     )
 
 
+def test_weights_are_whole_along_fsdp_where_they_sample():
+  sizes = mesh_lib.MeshConfig(data=1, fsdp=2, expert=2, tensor=2)
+  mesh = mesh_lib.make_mesh(sizes)
+  trained = jax.device_put(
+    tiny.variables(_CONFIG), transformer.shardings(_CONFIG, mesh)
+  )
+  moved = generate.make_reshard(_CONFIG, mesh)(trained)
+  split = lambda x, axis: axis in str(x.sharding.spec)
+  leaves = jax.tree.leaves(moved)
+  assert any(split(x, 'fsdp') for x in jax.tree.leaves(trained))
+  assert not any(split(x, 'fsdp') for x in leaves)
+  assert any(split(x, 'tensor') for x in leaves)
+  jax.tree.map(np.testing.assert_array_equal, moved, trained)
+
+
+def test_weights_of_one_device_stay_where_they_are():
+  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(), jax.devices()[:1])
+  variables = tiny.variables(_CONFIG)
+  assert generate.make_reshard(_CONFIG, mesh)(variables) is variables
+
+
 @pytest.mark.parametrize('batch', [1, 7, 32, 33, 48, 64, 100, 250, 256, 1000])
 @pytest.mark.parametrize('num_new', [1, 2, 31, 32, 33, 64, 65, 500])
 def test_phases_end_with_the_last_token_and_waves_divide_the_batch(
