@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -26,7 +26,8 @@ class MeshConfig:
     expert: Devices that share the experts, with rows of their own.
     tensor: Devices that share heads and feed-forward widths.
     num_slices: Groups of devices with a fast network inside (ICI) and a slow
-      one between them (DCN); divides `data`, which alone crosses it.
+      one between them (DCN). `data` crosses it as far as its size goes, then
+      `pipe`, then `fsdp`, of which the slow link bears the outer part.
   """
 
   data: int = -1
@@ -63,7 +64,7 @@ def make_mesh(
 
   Raises:
     ValueError: The product of the sizes is not the number of devices, or
-      `data` is no multiple of num_slices.
+      the slices are no part of those of `data`, `pipe` and `fsdp`.
   """
   devices = list(jax.devices() if devices is None else devices)
   sizes = config.sizes
@@ -83,25 +84,39 @@ def make_mesh(
       f'mesh {shown} needs {math.prod(sizes.values())} devices, there are '
       f'{len(devices)}; {good} would do'
     )
-  if sizes['data'] % config.num_slices:
+  across = across_slices(sizes, config.num_slices)
+  return jax.sharding.Mesh(_lay_out(sizes, across, devices), AXES)
+
+
+def across_slices(sizes: Mapping[str, int], num_slices: int) -> dict[str, int]:
+  """The part of each mesh axis that crosses slices; their product is all.
+
+  Raises:
+    ValueError: Other axes than `data`, `pipe` and `fsdp` would have to.
+  """
+  across, left = dict.fromkeys(sizes, 1), num_slices
+  for axis in ('data', 'pipe', 'fsdp'):
+    across[axis] = math.gcd(sizes[axis], left)
+    left //= across[axis]
+  if left > 1:
+    shown = ' x '.join(f'{a}={sizes[a]}' for a in ('data', 'pipe', 'fsdp'))
     raise ValueError(
-      f'mesh data={sizes["data"]} must be a multiple of num_slices='
-      f'{config.num_slices}'
+      f'mesh {shown} must be a multiple of num_slices={num_slices}; '
+      f'data={num_slices} or fsdp={num_slices} would do'
     )
-  return jax.sharding.Mesh(_lay_out(sizes, config.num_slices, devices), AXES)
+  return across
 
 
-def _lay_out(sizes, num_slices, devices):
+def _lay_out(sizes, across, devices):
   """Devices by axis, neighbours on the innermost axes near each other."""
   shape = tuple(sizes.values())
   if devices[0].platform != 'tpu':
     return np.asarray(devices).reshape(shape)
-  if num_slices == 1:
+  if math.prod(across.values()) == 1:
     return mesh_utils.create_device_mesh(
       shape, devices, allow_split_physical_axes=True
     )
-  inside = dict(sizes, data=sizes['data'] // num_slices)
-  across = {axis: num_slices if axis == 'data' else 1 for axis in sizes}
+  inside = {axis: size // across[axis] for axis, size in sizes.items()}
   return mesh_utils.create_hybrid_device_mesh(
     tuple(inside.values()),
     tuple(across.values()),

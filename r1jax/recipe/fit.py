@@ -50,7 +50,7 @@ class Run:
     rows: Of a global batch.
     length: Tokens of a row.
     copies: Of the parameters beside the trained ones, such as a reference.
-    num_slices: Over which `data` runs.
+    num_slices: Over which `data` runs, and `fsdp` where it is less.
   """
 
   model: model_config.ModelConfig
@@ -149,8 +149,10 @@ def _meshes(run, boxed, num_devices):
   """Meshes that rows, experts and weights divide over, with their weights."""
   moe = run.model.moe
   experts = _divisors(moe.num_experts) if moe is not None else (1,)
-  data = run.num_slices  # Copies of the state only where the network is slow.
-  for expert, tensor, context in itertools.product(experts, _TENSOR, _CONTEXT):
+  # Copies of the state only where the network is slow.
+  for data, expert, tensor, context in itertools.product(
+    _divisors(run.num_slices), experts, _TENSOR, _CONTEXT
+  ):
     used = data * expert * tensor * context
     if num_devices % used or run.length % context:
       continue
@@ -165,6 +167,8 @@ def _meshes(run, boxed, num_devices):
       'tensor': tensor,
     }
     if not _rows_a_device(run, sizes):
+      continue
+    if sizes['fsdp'] % (run.num_slices // data):
       continue
     try:
       yield sizes, _weights(boxed, sizes)
@@ -227,7 +231,12 @@ def _estimate(
     'ici': sent,
   }
   if run.num_slices > 1:
-    seconds['dcn'] = 2 * 4 * weights.own / chip.dcn_bytes_per_second
+    across = mesh_lib.across_slices(mesh, run.num_slices)
+    sent = 2 * 4 * weights.own * (across['data'] > 1)
+    # What the other slices have of a layer, once; the rest travels inside.
+    others = (across['fsdp'] - 1) * weights.own * num_microbatches
+    sent += others * ((passes - 1) * width + 4)
+    seconds['dcn'] = sent / chip.dcn_bytes_per_second
   seconds['bound'] = max(seconds.values())
   return Candidate(dict(mesh), remat, num_microbatches, hbm, seconds)
 

@@ -30,11 +30,29 @@ def test_any_product_of_axes_that_is_the_number_of_devices():
   }  # fmt: skip
 
 
-def test_data_alone_crosses_slices():
-  with pytest.raises(ValueError, match='data=2 must be a multiple of num_sl'):
-    mesh_lib.make_mesh(mesh_lib.MeshConfig(data=2, fsdp=4, num_slices=4))
-  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(data=4, fsdp=2, num_slices=2))
-  assert mesh.shape['data'] == 4
+@pytest.mark.parametrize(
+  ('sizes', 'slices', 'across'),
+  [
+    ({'data': 4, 'fsdp': 2}, 2, {'data': 2}),
+    ({'data': 2, 'fsdp': 4}, 4, {'data': 2, 'fsdp': 2}),
+    ({'data': 2, 'pipe': 4}, 4, {'data': 2, 'pipe': 2}),
+    ({'data': 1, 'fsdp': 8}, 4, {'fsdp': 4}),
+    ({'data': 3, 'fsdp': 8}, 4, {'fsdp': 4}),
+  ],
+)
+def test_data_crosses_slices_then_pipe_then_fsdp(sizes, slices, across):
+  sizes = mesh_lib.MeshConfig(**sizes).sizes
+  found = mesh_lib.across_slices(sizes, slices)
+  assert {axis: n for axis, n in found.items() if n > 1} == across
+
+
+def test_slices_that_no_outer_axis_crosses():
+  with pytest.raises(
+    ValueError,
+    match='data=2 x pipe=1 x fsdp=1 must be a multiple of num_slices=4; '
+    'data=4 or fsdp=4 would do',
+  ):
+    mesh_lib.make_mesh(mesh_lib.MeshConfig(data=2, expert=4, num_slices=4))
   with pytest.raises(ValueError, match='num_slices=0 must be at least 1'):
     mesh_lib.MeshConfig(num_slices=0)
 

@@ -105,7 +105,11 @@ def test_a_reference_and_slices_are_counted(found):
   assert with_copy.hbm_bytes - plain.hbm_bytes == pytest.approx(4 * own)
   slices = dataclasses.replace(_RUN, num_slices=2)
   two = fit.candidates(slices, _V5P, 8)
-  assert all(c.mesh['data'] == 2 and c.seconds['dcn'] > 0 for c in two)
+  copied, shared = (_pick(two, data=n, fsdp=8 // n) for n in (2, 1))
+  assert all(c.seconds['dcn'] > 0 for c in two)
+  assert shared.hbm_bytes < copied.hbm_bytes
+  often = _pick(two, data=1, fsdp=8, num_microbatches=2)
+  assert often.seconds['dcn'] > shared.seconds['dcn']
 
 
 def test_37_billion_of_671_are_active():
