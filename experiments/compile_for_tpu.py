@@ -24,7 +24,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import app, config_flag, json_flag
+from experiments import app, config_flag, json_flag, tpu_compiler
 from r1jax import config
 
 _TOPOLOGY = flags.DEFINE_string(
@@ -55,6 +55,7 @@ _ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
+  tpu_compiler.set_up()
   jobs = make_jobs()
   if importlib.util.find_spec('libtpu') is None:
     raise config.UserError('libtpu is not installed: make setup-tpu does so')

@@ -34,6 +34,9 @@ from r1jax.train import optimizer
 # Temporaries of a compiled step by what must live at once: seen 1.4 for 671B on
 # 1,024 v5p chips, where this file's sum is 20 GiB.
 _TEMPORARIES = 1.5
+# How often a number of a block passes HBM in a pass over it: seen 12 and 14 for
+# 671B (pretraining and GRPO on 1,024 v5p chips), 6 for Moonlight on 8.
+_THROUGH_HBM = 10
 _TENSOR = (1, 2, 4, 8)
 _CONTEXT = (1, 2, 4, 8)
 # Tokens of a row's part, below which splitting it is no use.
@@ -224,7 +227,10 @@ def _estimate(
     * 2 * shares / rate
   )  # fmt: skip
   traffic = num_microbatches * passes * weights.whole * width
-  traffic += 12 * 4 * weights.own + 2 * passes * tokens * c.num_layers * layer
+  traffic += 12 * 4 * weights.own
+  # All of a token's rows, however few of them are held at once.
+  layer = _intermediates(c, mesh, 1) * width
+  traffic += _THROUGH_HBM * passes * tokens * c.num_layers * layer
   seconds = {
     'mxu': flops / chip.bf16_flops,
     'hbm': traffic / chip.hbm_bytes_per_second,
