@@ -17,7 +17,8 @@ from r1jax.parallel import load_balance, sharding
 # 'replica' [E, X] and 'count' [E] of each layer, see `load_balance.Placement`.
 PLACEMENT = 'placement'
 
-# Parts of the tokens that stand side by side in the program; more go in a loop.
+# Parts of the tokens that stand side by side in a program of training; more go
+# in a loop.
 _UNROLLED_PARTS = 4
 
 
@@ -193,16 +194,23 @@ def _in_parts(run, num_parts, tokens, weights, expert_TK):
 
   What a device holds of them is a part's or two, on the way back too: nothing
   is kept for it but the arguments, each part runs again. Gradients of weights
-  add up in float32. Parts follow each other without a loop between them: one
-  may travel while another's experts are at work, or the shared one.
+  add up in float32. To be differentiated, parts follow each other without a
+  loop between them: one may travel while another's experts are at work, or the
+  shared one. Otherwise they loop: a sampler has each layer's code of its own.
   """
+  return _run_parts(run, num_parts, 1, tokens, weights, expert_TK)
+
+
+def _run_parts(run, num_parts, unroll, tokens, weights, expert_TK):
   one = lambda _, part: (None, run(part[0], weights, part[1]))
-  _, (out_TD, overflow_p) = _scan_parts(num_parts, one, None, tokens, expert_TK)
+  _, (out_TD, overflow_p) = _scan_parts(
+    num_parts, unroll, one, None, tokens, expert_TK
+  )
   return out_TD, overflow_p.sum()
 
 
 def _in_parts_fwd(run, num_parts, *args):
-  return _in_parts(run, num_parts, *args), args
+  return _run_parts(run, num_parts, _UNROLLED_PARTS, *args), args
 
 
 def _in_parts_bwd(run, num_parts, args, grads):
@@ -217,7 +225,7 @@ def _in_parts_bwd(run, num_parts, args, grads):
 
   zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
   of_weights, of_tokens = _scan_parts(
-    num_parts, add_part, zeros, tokens, expert_TK, grads[0]
+    num_parts, _UNROLLED_PARTS, add_part, zeros, tokens, expert_TK, grads[0]
   )
   of_weights = jax.tree.map(lambda g, w: g.astype(w.dtype), of_weights, weights)
   return of_tokens, of_weights, None
@@ -226,7 +234,7 @@ def _in_parts_bwd(run, num_parts, args, grads):
 _in_parts.defvjp(_in_parts_fwd, _in_parts_bwd)
 
 
-def _scan_parts(num_parts, body, init, *rows):
+def _scan_parts(num_parts, unroll, body, init, *rows):
   """Scans over parts of rows [T, …], and joins what the parts give by rows."""
   split = lambda a: a.reshape(num_parts, -1, a.shape[-1])
   join = lambda a: a.reshape(-1, a.shape[-1]) if a.ndim > 2 else a
@@ -234,6 +242,6 @@ def _scan_parts(num_parts, body, init, *rows):
     body,
     init,
     jax.tree.map(split, rows),
-    unroll=min(num_parts, _UNROLLED_PARTS),
+    unroll=min(num_parts, unroll),
   )
   return last, jax.tree.map(join, out)

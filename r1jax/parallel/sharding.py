@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,16 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
+class Parameter(nn.LogicallyPartitioned):
+  """A parameter with the names of its axes.
+
+  Attributes:
+    used_as: The dtype that whatever reads it casts it to; None for its own.
+  """
+
+  used_as: Any = flax.struct.field(default=None, pytree_node=False)
+
+
 def param(
   module: nn.Module,
   name: str,
@@ -84,12 +95,9 @@ def param(
   local_shape = shape
   if module.has_variable('params', name):
     local_shape = jnp.shape(module.get_variable('params', name))
-  x = module.param(
-    name,
-    nn.with_logical_partitioning(init, tuple(axes)),
-    local_shape,
-    jnp.float32,
-  )
+  used_as = jnp.dtype(dtype) if whole and dtype is not None else None
+  box = lambda *args: Parameter(init(*args), tuple(axes), used_as=used_as)
+  x = module.param(name, box, local_shape, jnp.float32)
   return gather(x, shape, axes, dtype) if whole else x
 
 
@@ -364,7 +372,7 @@ def tree_shardings(mesh: Mesh, boxed: Any) -> Any:
   """
 
   def one(path, leaf):
-    if not isinstance(leaf, nn.LogicallyPartitioned):
+    if not _is_parameter(leaf):
       return NamedSharding(mesh, P())
     spec, shape = to_spec(leaf.names), leaf.value.shape
     for size, axis in zip(shape, spec, strict=True):
@@ -377,8 +385,19 @@ def tree_shardings(mesh: Mesh, boxed: Any) -> Any:
         )
     return NamedSharding(mesh, spec)
 
-  is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
-  return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=is_box)
+  return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=_is_parameter)
+
+
+def _is_parameter(x: Any) -> bool:
+  return isinstance(x, Parameter)
+
+
+def used_dtypes(boxed: Any) -> Any:
+  """Dtypes in which (abstract) variables of `module.init` are read."""
+
+  own = jax.tree.map(lambda x: x.dtype, unbox(boxed))
+  used = lambda x, own: (_is_parameter(x) and x.used_as) or own
+  return jax.tree.map(used, boxed, own, is_leaf=_is_parameter)
 
 
 def for_sampling(shardings: Any) -> Any:

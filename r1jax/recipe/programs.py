@@ -14,7 +14,6 @@ from etils import epath
 
 from r1jax import types
 from r1jax.model import config as model_config
-from r1jax.model import transformer
 from r1jax.parallel import sharding
 from r1jax.recipe import (
   config_check,
@@ -193,7 +192,7 @@ def _prefill(config, model, mesh):
     model, mesh, num_slots=slots, **_sampling(rollout)
   )
   args = (
-    sampling_variables(model, mesh),
+    generate.abstract_variables(model, mesh),
     _struct(mesh, (rows, prompt), jnp.int32),
     _struct(mesh, (rows,), jnp.int32),
     _key(mesh),
@@ -213,7 +212,7 @@ def _decode(config, model, mesh):
   slots = rollout.max_prompt_tokens + rollout.max_new_tokens
   function = generate.make_decode_step(model, mesh, **_sampling(rollout))
   args = (
-    sampling_variables(model, mesh),
+    generate.abstract_variables(model, mesh),
     _struct(mesh, (), jnp.int32),
     generate.abstract_rows(
       model,
@@ -249,19 +248,6 @@ _BUILDERS: dict[str, Callable[..., Program]] = {
   'reshard': _reshard,
 }
 NAMES = tuple(_BUILDERS)
-
-
-def sampling_variables(
-  model: model_config.ModelConfig, mesh: jax.sharding.Mesh
-) -> Any:
-  """Shapes of variables where they lie to be sampled from."""
-  variables = origin.abstract_variables(model, mesh)
-  layout = sharding.for_sampling(transformer.shardings(model, mesh))
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    variables,
-    layout,
-  )
 
 
 def _num_completions(config, mesh):

@@ -344,23 +344,48 @@ def make_generate(
   return _with_rows(run, config, mesh)
 
 
+def abstract_variables(
+  config: model_config.ModelConfig, mesh: jax.sharding.Mesh
+) -> Any:
+  """Shapes of variables where they lie to be sampled from.
+
+  Each in the dtype that the model reads it in: the same numbers come out, and
+  of a model that computes in bfloat16 half of the bytes are moved and read.
+  """
+  boxed = transformer.abstract(config)
+  return jax.tree.map(
+    lambda x, dtype, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s),
+    sharding.unbox(boxed),
+    sharding.used_dtypes(boxed),
+    sharding.for_sampling(sharding.tree_shardings(mesh, boxed)),
+  )
+
+
 def make_reshard(
   config: model_config.ModelConfig, mesh: jax.sharding.Mesh
 ) -> Callable[[Any], Any]:
   """A function of variables: from where they are trained to where they sample.
 
-  One jitted program; where that is the same place, they are given back as they
-  are. The programs of this module move what lies elsewhere by themselves, in
-  each call: moved before, variables are moved once for several calls.
+  One jitted program; if nothing has to move or to be cast, variables are given
+  back as they are. The programs of this module take both: moved before,
+  variables are moved once for several calls.
   """
-  trained = transformer.shardings(config, mesh)
-  layout = sharding.for_sampling(trained)
-  same = jax.tree.map(
-    lambda a, b: a.is_equivalent_to(b, len(b.spec)), trained, layout
+  there = abstract_variables(config, mesh)
+  stays = jax.tree.map(
+    lambda x, s: (
+      x.dtype == jnp.float32 and x.sharding.is_equivalent_to(s, x.ndim)
+    ),
+    there,
+    transformer.shardings(config, mesh),
   )
-  if all(jax.tree.leaves(same)):
+  if all(jax.tree.leaves(stays)):
     return lambda variables: variables
-  return jax.jit(lambda variables: variables, out_shardings=layout)
+  return jax.jit(
+    lambda variables: jax.tree.map(
+      lambda x, to: x.astype(to.dtype), variables, there
+    ),
+    out_shardings=jax.tree.map(lambda x: x.sharding, there),
+  )
 
 
 def make_prefill(

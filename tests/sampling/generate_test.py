@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -218,6 +219,22 @@ def test_weights_are_whole_along_fsdp_where_they_sample():
   assert not any(split(x, 'fsdp') for x in leaves)
   assert any(split(x, 'tensor') for x in leaves)
   jax.tree.map(np.testing.assert_array_equal, moved, trained)
+
+
+def test_weights_are_cast_as_the_model_reads_them_and_sample_the_same():
+  config = dataclasses.replace(_CONFIG, dtype='bfloat16')
+  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(), jax.devices()[:1])
+  trained = tiny.variables(config)
+  moved = generate.make_reshard(config, mesh)(trained)
+  params = moved['params']['moe']
+  assert params['attention']['k_up'].dtype == params['moe']['gate'].dtype
+  assert params['moe']['gate'].dtype == jnp.bfloat16
+  assert params['moe']['router'].dtype == jnp.float32
+  run = generate.make_generate(config, mesh, **_options(_SAMPLED))
+  args = (*_prompts(), jax.random.key(1))
+  jax.tree.map(
+    np.testing.assert_array_equal, run(moved, *args), run(trained, *args)
+  )
 
 
 def test_weights_of_one_device_stay_where_they_are():
