@@ -120,7 +120,7 @@ def test_what_the_worker_calls_a_mistake_is_the_users(monkeypatch):
 
 def test_a_report_says_whether_it_fits():
   text = compile_for_tpu.show(_REPORT, 'v5p:2x2x1')
-  assert 'total 91.00 of 95.00: fits; in use at once 77.00' in text
+  assert 'total 91.00; in use at once 77.00 of 95.00: fits' in text
   assert 'fsdp' in text and '1,024.0 MiB sent' in text
   assert '3 sites, 2 beside products' in text
   assert 'at least 2 s a call' in text
@@ -151,17 +151,17 @@ def _job(**mesh):
   }
 
 
-def _compiled(monkeypatch, *, totals, bounds):
+def _compiled(monkeypatch, *, peaks, bounds):
   """Lets the compiler report these, one placement after the other."""
-  jobs, figures = [], iter(zip(totals, bounds, strict=True))
+  jobs, figures = [], iter(zip(peaks, bounds, strict=True))
 
   def compile_one(job, *, timeout):
     del timeout
     jobs.append(job)
-    total, bound = next(figures)
+    peak, bound = next(figures)
     return {
       **_REPORT,
-      'hbm_bytes': _REPORT['hbm_bytes'] | {'total': total},
+      'hbm_bytes': _REPORT['hbm_bytes'] | {'peak': peak},
       'roofline_seconds': _REPORT['roofline_seconds'] | {'bound': bound},
     }
 
@@ -176,7 +176,7 @@ def test_of_the_most_promising_the_fastest_that_fits_is_named(
   monkeypatch, capsys
 ):
   jobs = _compiled(
-    monkeypatch, totals=(96 << 30, 9 << 30, 9 << 30), bounds=(1.0, 3.0, 2.0)
+    monkeypatch, peaks=(96 << 30, 9 << 30, 9 << 30), bounds=(1.0, 3.0, 2.0)
   )
   reports = compile_for_tpu.fit(_job())
   assert len(reports) == 3
@@ -194,7 +194,7 @@ def test_of_the_most_promising_the_fastest_that_fits_is_named(
 def test_nothing_that_fits_is_said_and_what_was_compiled_kept(
   monkeypatch, tmp_path
 ):
-  _compiled(monkeypatch, totals=[96 << 30] * 3, bounds=[1.0] * 3)
+  _compiled(monkeypatch, peaks=[96 << 30] * 3, bounds=[1.0] * 3)
   path = tmp_path / 'out.json'
   monkeypatch.setattr(flags.FLAGS['json'], 'value', str(path))
   with pytest.raises(config_lib.UserError, match='none of these 3 fits'):
