@@ -458,7 +458,7 @@ def _touched(
   out = in_hbm(instruction.type)
   read = [in_hbm(types.get(name, '')) for name in instruction.operands]
   match op:
-    case 'dynamic-slice' | 'gather':
+    case 'dynamic-slice' | 'gather' | 'slice':
       return 2 * out if read[0] else out
     case 'dynamic-update-slice':
       return 2 * read[1]
@@ -472,8 +472,11 @@ def _touched(
   return out + sum(read)
 
 
-def _fused_use(module: Module, name: str) -> tuple[dict[int, int], float]:
-  """What a fusion reads of operands that it slices, and what it writes."""
+def _fused_use(module: Module, name: str) -> tuple[dict[int, float], float]:
+  """What a fusion reads of operands that it slices, and what it writes.
+
+  A fusion inside it may be what slices.
+  """
   instructions = module.computations.get(name, [])
   number = {
     i.name: int(i.arguments) for i in instructions if i.op == 'parameter'
@@ -481,11 +484,12 @@ def _fused_use(module: Module, name: str) -> tuple[dict[int, int], float]:
   types = {i.name: i.type for i in instructions}
   used, written = {}, math.inf
   for i in instructions:
+    inner = _fused_use(module, _called(i)[0])[0] if i.op == 'fusion' else {}
     for place, operand in enumerate(i.operands):
       if operand not in number:
         continue
-      size = math.inf
-      if i.op in ('dynamic-slice', 'gather') and place == 0:
+      size = inner.get(place, math.inf)
+      if i.op in ('dynamic-slice', 'gather', 'slice') and place == 0:
         size = sum(array_bytes(i.type))
       elif i.op == 'dynamic-update-slice' and place == 0:
         size = 0

@@ -208,22 +208,38 @@ def test_devices_that_keep_to_themselves_send_nothing():
   assert _read(text) == []
 
 
-def test_what_is_sliced_counts_by_its_slices():
-  text = _lines(
+_SLICES = {
+  'where': 'ROOT %s.3 = f32[1,64,128]{2,1,0:T(8,128)} dynamic-slice(%param_0, '
+  '%param_1, %param_1, %param_1), dynamic_slice_sizes={1,64,128}',
+  'at 3': 'ROOT %s.3 = f32[1,64,128]{2,1,0:T(8,128)} slice(%param_0), '
+  'slice={[3:4], [0:64], [0:128]}',
+}
+
+
+@pytest.mark.parametrize('which', _SLICES)
+@pytest.mark.parametrize('depth', [1, 2])
+def test_what_is_sliced_counts_by_its_slices(which, depth):
+  parameters = (
     '%param_0 = f32[58,64,128]{2,1,0:T(8,128)} parameter(0)',
     '%param_1 = s32[]{:T(128)} parameter(1)',
-    '%constant.7 = s32[]{:T(128)} constant(0)',
-    'ROOT %dynamic-slice.3 = f32[1,64,128]{2,1,0:T(8,128)} dynamic-slice('
-    '%param_0, %param_1, %constant.7, %constant.7), '
-    'dynamic_slice_sizes={1,64,128}',
-    header='%fused_computation.1',
-  ) + _lines(
-    '%p = f32[58,64,128]{2,1,0:T(8,128)} parameter(0)',
-    '%i = s32[]{:T(128)S(6)} parameter(1)',
-    '%fusion.1 = f32[1,64,128]{2,1,0:T(8,128)} fusion(%p, %i), kind=kLoop, '
-    'calls=%fused_computation.1',
-    '%kept.1 = f32[1,64,128]{2,1,0:T(8,128)S(1)} copy(%fusion.1)',
-    'ROOT %out.1 = f32[1,64,128]{2,1,0:T(8,128)} negate(%kept.1)',
+  )
+  around = (
+    'ROOT %inner.1 = f32[1,64,128]{2,1,0:T(8,128)} fusion(%param_0, %param_1), '
+    'kind=kLoop, calls=%fused_computation.1'
+  )
+  text = ''.join(
+    (
+      _lines(*parameters, _SLICES[which], header='%fused_computation.1'),
+      _lines(*parameters, around, header='%fused_computation.2'),
+      _lines(
+        '%p = f32[58,64,128]{2,1,0:T(8,128)} parameter(0)',
+        '%i = s32[]{:T(128)S(6)} parameter(1)',
+        '%fusion.1 = f32[1,64,128]{2,1,0:T(8,128)} fusion(%p, %i), kind=kLoop, '
+        f'calls=%fused_computation.{depth}',
+        '%kept.1 = f32[1,64,128]{2,1,0:T(8,128)S(1)} copy(%fusion.1)',
+        'ROOT %out.1 = f32[1,64,128]{2,1,0:T(8,128)} negate(%kept.1)',
+      ),
+    )
   )
   # A slice is read and written, read into VMEM, and written from there.
   assert hlo.traffic_bytes(hlo.parse(text)) == 4 * 64 * 128 * 4
