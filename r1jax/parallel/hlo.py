@@ -40,6 +40,11 @@ _NAMED = re.compile(
 )
 _PAIRS = re.compile(r'source_target_pairs=\{(\{[\d,{}]*\})\}')
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
+# What goes to other slices, over the host: an exchange is one of these inside
+# each slice and one of those between them.
+_BETWEEN_SLICES = re.compile(
+  r'_xla_megascale_target="\{([^}]*)\}.*_xla_megascale_transfer_type="(\w+)"'
+)
 _SPACE = re.compile(r'S\((\d+)\)')
 # What moves no data of its own.
 _FREE = {
@@ -248,6 +253,8 @@ def collectives(
     types = {i.name: i.type for i in instructions}
     for instruction in instructions:
       kind, times = instruction.kind, counts.get(name, 0)
+      if instruction.op == 'send' and times:
+        found.extend(_sent_to_slices(instruction, types, mesh_shape, times))
       if kind is None or not times:
         continue
       groups = _groups(instruction, math.prod(mesh_shape.values()))
@@ -276,6 +283,41 @@ def collectives(
         )
       )
   return found
+
+
+def _sent_to_slices(
+  instruction: Instruction,
+  types: Mapping[str, str],
+  mesh_shape: Mapping[str, int],
+  times: int,
+) -> Iterator[Collective]:
+  """What a host sends to other slices for a device, if it does."""
+  match = _BETWEEN_SLICES.search(instruction.rest)
+  if match is None:
+    return
+  n = sum(
+    int(last or first) - int(first) + 1
+    for first, last in re.findall(r'(\d+)(?::(\d+))?', match[1])
+  )
+  kind = match[2].lower().replace('_', '-')
+  size = sum(array_bytes(types.get(instruction.operands[0], '')))
+  others = (n - 1) / n
+  shares = {
+    'all-gather': n - 1,
+    'all-reduce': 2 * others,
+    'reduce-scatter': others,
+    'all-to-all': others,
+  }
+  num_devices = math.prod(mesh_shape.values())
+  yield Collective(
+    kind=kind,
+    axes=('slices',),
+    members=tuple(range(0, num_devices, num_devices // n)),
+    wire_bytes=size * shares.get(kind, 1.0),
+    times=times,
+    name=instruction.name,
+    type=types.get(instruction.operands[0], ''),
+  )
 
 
 def _continues(instructions: Sequence[Instruction], name: str) -> bool:

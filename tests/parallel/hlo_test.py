@@ -208,6 +208,37 @@ def test_devices_that_keep_to_themselves_send_nothing():
   assert _read(text) == []
 
 
+def _sent(kind, target):
+  return _lines(
+    '%p = f32[8,128]{1,0} parameter(0)',
+    '%after = token[] after-all()',
+    '%send.1 = (f32[8,128]{1,0}, u32[], token[]) send(%p, %after), '
+    'channel_id=4, is_host_transfer=true, frontend_attributes={'
+    '_xla_host_transfer_handler_name="xla_megascale_runtime",'
+    f'_xla_megascale_target="{target}",'
+    f'_xla_megascale_transfer_type="{kind}"}}',
+  )
+
+
+@pytest.mark.parametrize(
+  ('kind', 'target', 'shares', 'slices'),
+  [
+    ('ALL_GATHER', '{1,2}x{0:15}', 1, 2),
+    ('ALL_GATHER', '{0:3}x{0:1}', 3, 4),
+    ('ALL_REDUCE', '{0:3}x{0:1}', 1.5, 4),
+    ('REDUCE_SCATTER', '{0:3}x{0:1}', 0.75, 4),
+    ('ALL_TO_ALL', '{0,1}x{0:1}', 0.5, 2),
+  ],
+)
+def test_what_hosts_send_to_other_slices(kind, target, shares, slices):
+  (found,) = hlo.collectives(hlo.parse(_sent(kind, target)), {'x': 8})
+  assert found.kind == kind.lower().replace('_', '-')
+  assert found.wire_bytes == shares * 8 * 128 * 4
+  assert found.axes == ('slices',) and len(found.members) == slices
+  places = [roofline.Place(i // (8 // slices), (i, 0, 0)) for i in range(8)]
+  assert roofline.link_of(found.members, places) == 'DCN'
+
+
 _SLICES = {
   'where': 'ROOT %s.3 = f32[1,64,128]{2,1,0:T(8,128)} dynamic-slice(%param_0, '
   '%param_1, %param_1, %param_1), dynamic_slice_sizes={1,64,128}',
