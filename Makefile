@@ -57,6 +57,7 @@ tests-in-%:
 
 test-tpu: .venv/.installed-tpu
 	$(PYTEST) -q -m 'tpu or tpu_smoke'
+	$(BIN)/python -m tests.tpu.compiling > experiments/results/tpu.md
 
 test-tpu-smoke: .venv/.installed-tpu
 	$(PYTEST) -q -m tpu_smoke

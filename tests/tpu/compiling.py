@@ -1,0 +1,151 @@
+"""Compiles in worker processes, which a compiler may abort, and keeps reports.
+
+python -m tests.tpu.compiling      # the table of what `make test-tpu` compiled
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+_FOLDER = pathlib.Path(__file__).parent
+_ROOT = _FOLDER.parents[1]
+_KEPT = _ROOT / '.cache' / 'tpu'
+# What a report depends on.
+_SOURCES = ('configs', 'pallas_kernels', 'r1jax', 'tests/tpu')
+# A worker that neither ends nor aborts, in seconds.
+_TIMEOUT = 3600
+
+# 32 devices of each generation, 64 where they have little memory.
+TOPOLOGIES = ('v5e:8x8', 'v5p:2x4x4', 'v6e:4x8', 'tpu7x:2x2x4')
+REAL_SHAPES = (
+  'experts_up',
+  'experts_down',
+  'attention',
+  'decode_step',
+  'train_step',
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What became of a worker.
+
+  Attributes:
+    reports: By name, of the programs that were compiled.
+    code: Its exit status, or a sentence.
+    stderr: What it said.
+  """
+
+  reports: dict[str, dict]
+  code: int | str
+  stderr: str
+
+
+def run_worker(topology: str, names: list[str], *, timeout: float) -> Run:
+  """Compiles programs in turn; the first one missing is to blame."""
+  command = [sys.executable, str(_FOLDER / 'worker.py'), topology, *names]
+  paths = [str(_ROOT), os.environ.get('PYTHONPATH', '')]
+  environment = {
+    **os.environ,
+    'PYTHONPATH': os.pathsep.join(filter(None, paths)),
+  }
+  try:
+    result = subprocess.run(
+      command, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+    out, err, code = result.stdout, result.stderr, result.returncode
+  except subprocess.TimeoutExpired as e:
+    out, err = ((s or b'').decode() for s in (e.stdout, e.stderr))
+    code = f'none after {timeout} s'
+  reports = [json.loads(line) for line in out.splitlines()]
+  return Run({r['program']: r for r in reports}, code, err)
+
+
+def compile_each(topology: str, names: list[str]) -> dict[str, dict]:
+  """Reports by name; of a program that does not compile, {'error': a line}.
+
+  One worker compiles all, and another one goes on behind a program that ended
+  it. Reports are kept by the hash of the sources.
+  """
+  module = 'real_shapes'
+  found = {name: _read(topology, name) for name in names}
+  left = [name for name in names if found[name] is None]
+  while left:
+    targets = [f'{module}:{name}' for name in left]
+    run = run_worker(topology, targets, timeout=_TIMEOUT)
+    for name, target in zip(left, targets, strict=True):
+      if target not in run.reports:
+        found[name] = {'error': _why(run)}
+        _write(topology, name, found[name])
+        break
+      found[name] = run.reports[target]
+      _write(topology, name, found[name])
+    left = [name for name in names if found[name] is None]
+  return found
+
+
+def _why(run: Run) -> str:
+  marks = r'RESOURCE_EXHAUSTED|LLVM ERROR|Check failed|Error:'
+  lines = [line for line in run.stderr.splitlines() if re.search(marks, line)]
+  said = lines[0].strip()[:300] if lines else 'nothing said'
+  return f'return code {run.code}: {said}'
+
+
+def _path(topology: str, name: str) -> pathlib.Path:
+  digest = hashlib.sha256(f'{topology} {name}'.encode())
+  for package in ('jax', 'jaxlib', 'libtpu'):
+    digest.update(importlib.metadata.version(package).encode())
+  for folder in _SOURCES:
+    for path in sorted((_ROOT / folder).rglob('*.py')):
+      digest.update(path.read_bytes())
+  return _KEPT / f'{digest.hexdigest()[:32]}.json'
+
+
+def _read(topology: str, name: str) -> dict | None:
+  path = _path(topology, name)
+  return json.loads(path.read_text()) if path.exists() else None
+
+
+def _write(topology: str, name: str, report: dict) -> None:
+  _KEPT.mkdir(parents=True, exist_ok=True)
+  _path(topology, name).write_text(json.dumps(report))
+
+
+def table() -> str:
+  """What is kept, as Markdown."""
+  versions = ', '.join(
+    f'{p} {importlib.metadata.version(p)}' for p in ('jax', 'libtpu')
+  )
+  lines = [
+    "# DeepSeek-V3's shapes, compiled for TPUs that were not there",
+    '',
+    '`make test-tpu` writes this. What each program is stands in',
+    f'`tests/tpu/real_shapes.py`; {versions}. Bytes of one device: arguments +',
+    'temporaries, GiB; then the seconds that the compiler took.',
+    '',
+    '| | ' + ' | '.join(TOPOLOGIES) + ' |',
+    '|---' * (len(TOPOLOGIES) + 1) + '|',
+  ]
+  for name in REAL_SHAPES:
+    cells = [_cell(_read(topology, name)) for topology in TOPOLOGIES]
+    lines.append(f'| `{name}` | ' + ' | '.join(cells) + ' |')
+  return '\n'.join(lines) + '\n'
+
+
+def _cell(report: dict | None) -> str:
+  if report is None:
+    return 'not compiled'
+  if 'error' in report:
+    return report['error'].replace('|', '/')
+  sizes = (report[k] / 2**30 for k in ('argument_bytes', 'temp_bytes'))
+  return '{:.2f} + {:.2f}; {:.0f} s'.format(*sizes, report['compile_seconds'])
+
+
+if __name__ == '__main__':
+  print(table(), end='')
