@@ -1,6 +1,7 @@
 """Prefill and decode in one program, with early exit."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -310,6 +311,7 @@ def _assemble(prompt_BT, length_B, new_BX, logp_BX, num_B, done_B, pad_id):
   )
 
 
+@functools.cache
 def make_generate(
   config: model_config.ModelConfig,
   mesh: jax.sharding.Mesh,
@@ -321,6 +323,7 @@ def make_generate(
 ) -> Callable[..., types.Rollout]:
   """A jitted (variables, prompt_BT, length_B, key) -> Rollout on a mesh.
 
+  The same one for the same arguments: two stages of a process compile it once.
   Each shard of the batch runs its own loop and leaves it when its own rows
   are done, or where devices share the experts, those of all of them. A fifth
   argument is the `load_balance.Placement` of replicas to sample with.
