@@ -23,5 +23,5 @@ def get_config() -> ml_collections.ConfigDict:
     num_minibatches=4,
     rows_multiple=64,
   )
-  config.mesh.update({'context': 1, 'expert': 16})
+  config.mesh.update({'expert': 16, 'tensor': 1})
   return config

@@ -17,12 +17,15 @@ _FOLDER = pathlib.Path(__file__).parent
 _ROOT = _FOLDER.parents[1]
 _KEPT = _ROOT / '.cache' / 'tpu'
 # What a report depends on.
-_SOURCES = ('configs', 'pallas_kernels', 'r1jax', 'tests/tpu')
+_SOURCES = (
+  *('configs', 'pallas_kernels', 'r1jax'),
+  *('tests/tpu/programs.py', 'tests/tpu/real_shapes.py'),
+)
 # A worker that neither ends nor aborts, in seconds.
 _TIMEOUT = 3600
 
 # 32 devices of each generation, 64 where they have little memory.
-TOPOLOGIES = ('v5e:8x8', 'v5p:2x4x4', 'v6e:4x8', 'tpu7x:2x2x4')
+TOPOLOGIES = ('v5e:8x8', 'v5p:2x4x4', 'v6e:8x8', 'tpu7x:2x2x4')
 REAL_SHAPES = (
   'experts_up',
   'experts_down',
@@ -101,8 +104,8 @@ def _path(topology: str, name: str) -> pathlib.Path:
   digest = hashlib.sha256(f'{topology} {name}'.encode())
   for package in ('jax', 'jaxlib', 'libtpu'):
     digest.update(importlib.metadata.version(package).encode())
-  for folder in _SOURCES:
-    for path in sorted((_ROOT / folder).rglob('*.py')):
+  for source in map(_ROOT.joinpath, _SOURCES):
+    for path in [source] if source.is_file() else sorted(source.rglob('*.py')):
       digest.update(path.read_bytes())
   return _KEPT / f'{digest.hexdigest()[:32]}.json'
 

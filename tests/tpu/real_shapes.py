@@ -40,7 +40,7 @@ def decode_step(devices: Sequence[jax.Device]) -> jax.stages.Lowered:
   """One token of 32 rows of 8,192 slots on each four devices of `tensor`."""
   run = grpo_671b.get_config()
   run.rollout.num_prompts = len(devices) // 2
-  run.mesh.update({'context': 1, 'expert': 8, 'tensor': 4})
+  run.mesh.expert = 8
   run = config.from_dict(grpo.GrpoConfig, run.to_dict())
   model = deepseek_v3_671b.get_config()
   model.update(_FEW_LAYERS)
