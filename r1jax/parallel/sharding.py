@@ -394,7 +394,6 @@ def _is_parameter(x: Any) -> bool:
 
 def used_dtypes(boxed: Any) -> Any:
   """Dtypes in which (abstract) variables of `module.init` are read."""
-
   own = jax.tree.map(lambda x: x.dtype, unbox(boxed))
   used = lambda x, own: (_is_parameter(x) and x.used_as) or own
   return jax.tree.map(used, boxed, own, is_leaf=_is_parameter)

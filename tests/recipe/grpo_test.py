@@ -145,6 +145,7 @@ def test_replicas_of_experts_sample_the_same_and_are_resumed():
   replicated = _Recorded(redundant_experts=4, load_decay=0.5)
   _assert_same_samples(replicated.take(3, _random()), whole[:3])
   figures = replicated.metrics[-1][1]
+  assert figures['perf/reshard_seconds'] >= 0
   # All on one device: in balance, whatever the load.
   assert (
     figures['rl/expert_balance'] == figures['rl/expert_balance_in_order'] == 1

@@ -25,7 +25,7 @@ _SOURCES = (
 _TIMEOUT = 3600
 
 # 32 devices of each generation, 64 where they have little memory.
-TOPOLOGIES = ('v5e:8x8', 'v5p:2x4x4', 'v6e:8x8', 'tpu7x:2x2x4')
+TOPOLOGIES = ('v5e:8x8', 'v5p:2x4x4', 'v6e:4x8', 'tpu7x:2x2x4')
 REAL_SHAPES = (
   'experts_up',
   'experts_down',
@@ -129,8 +129,9 @@ def table() -> str:
     "# DeepSeek-V3's shapes, compiled for TPUs that were not there",
     '',
     '`make test-tpu` writes this. What each program is stands in',
-    f'`tests/tpu/real_shapes.py`; {versions}. Bytes of one device: arguments +',
-    'temporaries, GiB; then the seconds that the compiler took.',
+    f'`tests/tpu/real_shapes.py`; {versions}.',
+    'GiB of one device as the compiler adds them up, arguments + temporaries;',
+    'then the seconds that it took.',
     '',
     '| | ' + ' | '.join(TOPOLOGIES) + ' |',
     '|---' * (len(TOPOLOGIES) + 1) + '|',
@@ -145,7 +146,7 @@ def _cell(report: dict | None) -> str:
   if report is None:
     return 'not compiled'
   if 'error' in report:
-    return report['error'].replace('|', '/')
+    return report['error'].split('Error: ')[-1].replace('|', '/')
   sizes = (report[k] / 2**30 for k in ('argument_bytes', 'temp_bytes'))
   return '{:.2f} + {:.2f}; {:.0f} s'.format(*sizes, report['compile_seconds'])
 
