@@ -291,7 +291,10 @@ def _sent_to_slices(
   mesh_shape: Mapping[str, int],
   times: int,
 ) -> Iterator[Collective]:
-  """What a host sends to other slices for a device, if it does."""
+  """What a host sends to other slices for a device, if it does.
+
+  Members are told as if slices were the mesh's outermost part.
+  """
   match = _BETWEEN_SLICES.search(instruction.rest)
   if match is None:
     return

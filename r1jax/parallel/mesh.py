@@ -64,7 +64,7 @@ def make_mesh(
 
   Raises:
     ValueError: The product of the sizes is not the number of devices, or
-      the slices are no part of those of `data`, `pipe` and `fsdp`.
+      `data`, `pipe` and `fsdp` together do not cross the slices.
   """
   devices = list(jax.devices() if devices is None else devices)
   sizes = config.sizes

@@ -238,11 +238,11 @@ def _estimate(
   }
   if run.num_slices > 1:
     across = mesh_lib.across_slices(mesh, run.num_slices)
-    sent = 2 * 4 * weights.own * (across['data'] > 1)
+    gradients = 2 * 4 * weights.own * (across['data'] > 1)
     # What the other slices have of a layer, once; the rest travels inside.
     others = (across['fsdp'] - 1) * weights.own * num_microbatches
-    sent += others * ((passes - 1) * width + 4)
-    seconds['dcn'] = sent / chip.dcn_bytes_per_second
+    gathered = others * ((passes - 1) * width + 4)
+    seconds['dcn'] = (gradients + gathered) / chip.dcn_bytes_per_second
   seconds['bound'] = max(seconds.values())
   return Candidate(dict(mesh), remat, num_microbatches, hbm, seconds)
 

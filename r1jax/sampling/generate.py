@@ -360,8 +360,12 @@ def abstract_variables(
     lambda x, dtype, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s),
     sharding.unbox(boxed),
     sharding.used_dtypes(boxed),
-    sharding.for_sampling(sharding.tree_shardings(mesh, boxed)),
+    _layout(config, mesh),
   )
+
+
+def _layout(config, mesh):
+  return sharding.for_sampling(transformer.shardings(config, mesh))
 
 
 def make_reshard(
@@ -424,7 +428,7 @@ def make_decode_step(
     sampler = _make_sampler(config, variables, key, **how)
     return sampler.decode_step((step, rows))[1]
 
-  layout = sharding.for_sampling(transformer.shardings(config, mesh))
+  layout = _layout(config, mesh)
   sharded = sharding.per_device(
     run, mesh, (layout, 'whole', 'rows', 'whole'), _kinds(config)
   )
@@ -473,7 +477,7 @@ def _kinds(config):
 
 def _with_rows(run, config, mesh, out='rows'):
   """Jits a program of (variables, prompt, length, row, key, placement)."""
-  layout = sharding.for_sampling(transformer.shardings(config, mesh))
+  layout = _layout(config, mesh)
   sharded = sharding.per_device(
     run, mesh, (layout, 'rows', 'rows', 'rows', 'whole', 'whole'), out
   )
