@@ -308,6 +308,8 @@ def test_interrupt_is_one_line(folder):
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
+    # A shell's background jobs, these tests perhaps, ignore it.
+    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
   )
   assert process.stdout.readline() == 'ready\n'
   process.send_signal(signal.SIGINT)
