@@ -84,6 +84,20 @@ class Cache:
       position_BS=grow(self.position_BS, 1),
     )
 
+  def unstacked(self) -> 'Cache':
+    """With arrays of each layer's own, as layers that are not scanned have."""
+    if isinstance(self.layers, tuple):
+      return self
+    count = jax.tree.leaves(self.layers)[0].shape[0]
+    one = lambda i: jax.tree.map(lambda x: x[i], self.layers)
+    return dataclasses.replace(self, layers=tuple(map(one, range(count))))
+
+  def repeated(self, copies: int) -> 'Cache':
+    """Each row so many times, one after the other; not of stacked layers."""
+    return jax.tree.map(
+      lambda x: jnp.repeat(x, copies, axis=0) if x.ndim else x, self
+    )
+
   def read(self, layer: int | jax.Array) -> Entry:
     """All slots of a layer, [B, S, …] each."""
     if isinstance(self.layers, tuple):

@@ -225,7 +225,7 @@ class Transformer(nn.Module):
 
     scan = nn.scan(
       body,
-      variable_axes={'params': 0, 'router': 0},
+      variable_axes={'params': 0, 'router': 0, moe.PLACEMENT: 0},
       split_rngs={'params': True},
       length=count,
       metadata_params={nn.PARTITION_NAME: 'layers'},

@@ -186,10 +186,16 @@ def _logp(config, model, mesh):
 
 def _prefill(config, model, mesh):
   rollout = config.rollout
-  rows, prompt = _num_completions(config, mesh), rollout.max_prompt_tokens
-  slots = prompt + rollout.max_new_tokens
+  completions, prompt = (
+    _num_completions(config, mesh),
+    rollout.max_prompt_tokens,
+  )
+  copies = generate.copies_at_once(
+    rollout.num_prompts, rollout.group_size, mesh
+  )
+  rows, slots = completions // copies, prompt + rollout.max_new_tokens
   function = generate.make_prefill(
-    model, mesh, num_slots=slots, **_sampling(rollout)
+    model, mesh, num_slots=slots, copies=copies, **_sampling(rollout)
   )
   args = (
     generate.abstract_variables(model, mesh),
@@ -201,7 +207,7 @@ def _prefill(config, model, mesh):
     function,
     args,
     mesh,
-    _assumed(model, mesh, rows, prompt, slots=slots),
+    _assumed(model, mesh, rows, prompt, slots=slots, completions=completions),
     _num_choices(model, mesh, rows, prompt, split=False),
   )
 

@@ -141,6 +141,7 @@ def make_sampler(
   tokenizer: tokenizer_lib.Tokenizer,
   *,
   sampling: filters.SamplingConfig | None = None,
+  copies: int = 1,
 ) -> Callable[..., types.Rollout]:
   """The program that completes prompts as the config says.
 
@@ -150,6 +151,7 @@ def make_sampler(
     mesh: Where it lives.
     tokenizer: Its stop and padding tokens.
     sampling: Draws tokens in another way.
+    copies: Completions of each prompt.
   """
   return generate.make_generate(
     model,
@@ -158,6 +160,7 @@ def make_sampler(
     sampling=sampling or config.sampling,
     stop_ids=tokenizer.stop_ids,
     pad_id=tokenizer.pad_id,
+    copies=copies,
   )
 
 
@@ -231,7 +234,11 @@ class GrpoSource:
     self._use_reference = use_reference
     self._key = jax.random.key(seed)
     self._reshard = generate.make_reshard(model, mesh)
-    self._generate = make_sampler(config, model, mesh, tokenizer)
+    copies = generate.copies_at_once(
+      config.num_prompts, config.group_size, mesh
+    )
+    self._prompt_times = config.group_size // copies
+    self._generate = make_sampler(config, model, mesh, tokenizer, copies=copies)
     self._score = scoring.make_score(tokenizer, config.rule)
     self._logp = jax.jit(
       make_logp(model, mesh, temperature=config.sampling.temperature)
@@ -339,16 +346,13 @@ class GrpoSource:
     prompt_PT, length_P = encode_prompts(
       questions, self._tokenizer, c.max_prompt_tokens
     )
-    prompt_BT, length_B = sharding.put_batch(
-      self._mesh,
-      (
-        np.repeat(prompt_PT, c.group_size, axis=0),
-        np.repeat(length_P, c.group_size, axis=0),
-      ),
+    repeat = lambda x: np.repeat(x, self._prompt_times, axis=0)
+    prompts = sharding.put_batch(
+      self._mesh, (repeat(prompt_PT), repeat(length_P))
     )
     key = jax.random.fold_in(self._key, index)
     placement = None if self._experts is None else self._experts.placement
-    rollout = self._generate(variables, prompt_BT, length_B, key, placement)
+    rollout = self._generate(variables, *prompts, key, placement)
     score = self._score(rollout, questions)
     rollout, score = sharding.to_host((rollout, score))
     score['reward'] = (

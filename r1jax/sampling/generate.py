@@ -62,8 +62,8 @@ def phases(max_new_tokens: int, batch: int) -> tuple[tuple[int, int], ...]:
 def generate(
   config: model_config.ModelConfig,
   variables: Any,
-  prompt_BT: jax.Array,
-  length_B: jax.Array,
+  prompt_PT: jax.Array,
+  length_P: jax.Array,
   row_B: jax.Array,
   key: jax.Array,
   *,
@@ -75,7 +75,8 @@ def generate(
 ) -> types.Rollout:
   """Samples one completion per row.
 
-  Decode steps take the same cache slot in every row, behind the padded
+  A prompt is read once for all of its rows, which follow each other. Decode
+  steps take the same cache slot in every row, behind the padded
   prompts, so that each step is one in-place update; positions and masks make
   ragged rows exact. The rows are put together at the end. A row's tokens
   depend on its number and the key, not on the rows decoded beside it, nor on
@@ -84,9 +85,9 @@ def generate(
   Args:
     config: Of the model.
     variables: Its parameters and router biases.
-    prompt_BT: int32, right-padded.
-    length_B: int32, tokens of each prompt, at least 1.
-    row_B: int32, number of each row in the global batch.
+    prompt_PT: int32, right-padded.
+    length_P: int32, tokens of each prompt, at least 1.
+    row_B: int32, number of each row in the global batch; B / P of each prompt.
     key: Random key.
     max_new_tokens: Longest completion, the stop token included.
     sampling: Temperature and filters.
@@ -108,26 +109,32 @@ def generate(
     stop_ids=stop_ids,
     pad_id=pad_id,
   )
-  B, T = prompt_BT.shape
+  T, B = prompt_PT.shape[1], len(row_B)
   plan = phases(max_new_tokens, B)
   with jax.named_scope('prefill'):
-    d = sampler.prefill(prompt_BT, length_B, row_B, T + plan[0][0])
+    d = sampler.prefill(prompt_PT, length_P, row_B, T + plan[0][0])
   with jax.named_scope('decode'):
     start = 1
     for end, wave in plan:
       d = _run_phase(d, sampler.decode_step, start, end, wave, T)
       start = end
+  prompt_BT = jnp.repeat(prompt_PT, B // len(prompt_PT), axis=0)
   return _assemble(
-    prompt_BT, length_B, d.new_BX, d.logp_BX, d.num_B, d.done_B, pad_id
+    prompt_BT, d.length_B, d.new_BX, d.logp_BX, d.num_B, d.done_B, pad_id
   )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Sampler:
-  """A model with its variables, and how its tokens are drawn."""
+  """A model with its variables, and how its tokens are drawn.
+
+  Prompts are read by a loop over the layers, where they are scanned: a layer's
+  work is long, and one layer's code enough. Decoding has each layer's.
+  """
 
   config: model_config.ModelConfig
   variables: Any
+  decode_variables: Any
   head: token.Head
   key: jax.Array
   max_new_tokens: int
@@ -137,34 +144,36 @@ class _Sampler:
 
   def prefill(
     self,
-    prompt_BT: jax.Array,
-    length_B: jax.Array,
+    prompt_PT: jax.Array,
+    length_P: jax.Array,
     row_B: jax.Array,
     num_slots: int,
   ) -> _Decoding:
-    """Reads the prompts, and draws the first token behind them."""
-    B, T = prompt_BT.shape
+    """Reads the prompts, and draws the first token of each of their rows."""
+    P, T = prompt_PT.shape
+    copies = len(row_B) // P
     slot_1T = jnp.arange(T, dtype=jnp.int32)[None]
-    out = self._model.apply(
+    out = transformer.Transformer(self.config).apply(
       self.variables,
-      prompt_BT,
-      segment_BT=(slot_1T < length_B[:, None]).astype(jnp.int32),
-      cache=transformer.make_cache(self.config, B, num_slots),
+      prompt_PT,
+      segment_BT=(slot_1T < length_P[:, None]).astype(jnp.int32),
+      cache=transformer.make_cache(self.config, P, T),
     )
-    last_BD = jnp.take_along_axis(
-      out.hidden_BTD, (length_B - 1)[:, None, None], axis=1
+    last_PD = jnp.take_along_axis(
+      out.hidden_BTD, (length_P - 1)[:, None, None], axis=1
     )[:, 0]
+    last_BD = jnp.repeat(last_PD, copies, axis=0)
     token_B, logp_B = self._draw(last_BD, row_B, 0)
-    X = self.max_new_tokens
+    B, X = len(row_B), self.max_new_tokens
     return _Decoding(
       new_BX=_place(jnp.full((B, X), self.pad_id), 0, token_B),
       logp_BX=_place(jnp.zeros((B, X)), 0, logp_B),
       last_B=token_B,
       num_B=jnp.ones((B,), jnp.int32),
       done_B=jnp.isin(token_B, self.stop_S),
-      length_B=length_B,
+      length_B=jnp.repeat(length_P, copies),
       row_B=row_B,
-      cache=out.cache,
+      cache=out.cache.unstacked().repeated(copies).grown(num_slots - T),
     )
 
   def decode_step(
@@ -173,8 +182,8 @@ class _Sampler:
     """One more token of each row that is not done."""
     step, d = carry
     live_B = ~d.done_B
-    out = self._model.apply(
-      self.variables,
+    out = transformer.Transformer(_unrolled(self.config)).apply(
+      self.decode_variables,
       d.last_B[:, None],
       segment_BT=live_B.astype(jnp.int32)[:, None],
       position_BT=(d.length_B + step - 1)[:, None],
@@ -192,10 +201,6 @@ class _Sampler:
       done_B=d.done_B | jnp.isin(token_B, self.stop_S),
       cache=out.cache,
     )
-
-  @property
-  def _model(self) -> transformer.Transformer:
-    return transformer.Transformer(self.config)
 
   def _draw(self, hidden_BD, row_B, step):
     logp_BV = filters.filtered_logp(self.head.logits(hidden_BD), self.sampling)
@@ -220,11 +225,10 @@ def _make_sampler(
   stop_ids: tuple[int, ...],
   pad_id: int,
 ) -> _Sampler:
-  variables = transformer.unstack_layers(variables, config)
-  config = _unrolled(config)
   return _Sampler(
-    config=config,
+    config=dataclasses.replace(config, remat=False),
     variables=variables,
+    decode_variables=transformer.unstack_layers(variables, config),
     head=transformer.head(variables['params'], config),
     key=key,
     max_new_tokens=max_new_tokens,
@@ -320,21 +324,24 @@ def make_generate(
   sampling: filters.SamplingConfig,
   stop_ids: tuple[int, ...],
   pad_id: int,
+  copies: int = 1,
 ) -> Callable[..., types.Rollout]:
-  """A jitted (variables, prompt_BT, length_B, key) -> Rollout on a mesh.
+  """A jitted (variables, prompt_PT, length_P, key) -> Rollout on a mesh.
 
-  The same one for the same arguments: two stages of a process compile it once.
-  Each shard of the batch runs its own loop and leaves it when its own rows
-  are done, or where devices share the experts, those of all of them. A fifth
-  argument is the `load_balance.Placement` of replicas to sample with.
+  Its rows are `copies` completions of each prompt, one after the other; the
+  devices that share a batch have to divide the prompts. The same one for the
+  same arguments: two stages of a process compile it once. Each shard of the
+  batch runs its own loop and leaves it when its own rows are done, or where
+  devices share the experts, those of all of them. A fifth argument is the
+  `load_balance.Placement` of replicas to sample with.
   """
 
-  def run(variables, prompt_BT, length_B, row_B, key, placement):
+  def run(variables, prompt_PT, length_P, row_B, key, placement):
     return generate(
       config,
       variables,
-      prompt_BT,
-      length_B,
+      prompt_PT,
+      length_P,
       row_B,
       key,
       max_new_tokens=max_new_tokens,
@@ -344,7 +351,22 @@ def make_generate(
       placement=placement,
     )
 
-  return _with_rows(run, config, mesh)
+  return _with_rows(run, config, mesh, copies)
+
+
+def copies_at_once(
+  num_prompts: int, group_size: int, mesh: jax.sharding.Mesh
+) -> int:
+  """Into how many rows, of a group's, `make_generate` can turn a prompt.
+
+  The divisor of group_size that leaves fewest prompts, of which each is given
+  group_size / copies times, to divide among the devices.
+  """
+  shards = sharding.num_batch_shards(mesh)
+  for times in range(1, group_size):
+    if group_size % times == 0 and num_prompts * times % shards == 0:
+      return group_size // times
+  return 1
 
 
 def abstract_variables(
@@ -400,6 +422,7 @@ def make_prefill(
   mesh: jax.sharding.Mesh,
   *,
   num_slots: int,
+  copies: int = 1,
   **how: Any,
 ) -> Callable[..., Any]:
   """The first half of `make_generate` alone, with a cache of num_slots.
@@ -407,12 +430,12 @@ def make_prefill(
   The other arguments and the program's are those of `make_generate`.
   """
 
-  def run(variables, prompt_BT, length_B, row_B, key, placement):
+  def run(variables, prompt_PT, length_P, row_B, key, placement):
     del placement
     sampler = _make_sampler(config, variables, key, **how)
-    return sampler.prefill(prompt_BT, length_B, row_B, num_slots)
+    return sampler.prefill(prompt_PT, length_P, row_B, num_slots)
 
-  return _with_rows(run, config, mesh, _kinds(config))
+  return _with_rows(run, config, mesh, copies, _kinds(config))
 
 
 def make_decode_step(
@@ -475,7 +498,7 @@ def _kinds(config):
   )
 
 
-def _with_rows(run, config, mesh, out='rows'):
+def _with_rows(run, config, mesh, copies, out='rows'):
   """Jits a program of (variables, prompt, length, row, key, placement)."""
   layout = _layout(config, mesh)
   sharded = sharding.per_device(
@@ -483,8 +506,8 @@ def _with_rows(run, config, mesh, out='rows'):
   )
 
   @jax.jit
-  def program(variables, prompt_BT, length_B, key, placement=None):
-    row_B = jnp.arange(prompt_BT.shape[0], dtype=jnp.int32)
-    return sharded(variables, prompt_BT, length_B, row_B, key, placement)
+  def program(variables, prompt_PT, length_P, key, placement=None):
+    row_B = jnp.arange(copies * len(prompt_PT), dtype=jnp.int32)
+    return sharded(variables, prompt_PT, length_P, row_B, key, placement)
 
   return program

@@ -170,6 +170,35 @@ def test_padding_of_prompts_changes_nothing():
   np.testing.assert_array_equal(r.tokens_BT, _rollout().tokens_BT)
 
 
+@pytest.mark.parametrize('devices', [1, 8])
+def test_a_prompt_read_once_gives_the_rows_of_its_repeats(devices):
+  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(), jax.devices()[:devices])
+  prompt_PT, length_P = (x[:16] for x in _prompts())
+  repeated = (np.repeat(x, 4, axis=0) for x in (prompt_PT, length_P))
+  make = functools.partial(
+    generate.make_generate, _CONFIG, mesh, **_options(_SAMPLED)
+  )
+  variables, key = tiny.variables(_CONFIG), jax.random.key(1)
+  r = make(copies=4)(variables, prompt_PT, length_P, key)
+  expected = make()(variables, *repeated, key)
+  assert len(np.unique(r.tokens_BT[:4], axis=0)) == 4
+  for field in dataclasses.fields(expected):
+    np.testing.assert_allclose(
+      getattr(r, field.name), getattr(expected, field.name), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+  ('num_prompts', 'group_size', 'copies'),
+  [(8, 4, 4), (16, 16, 16), (4, 4, 2), (2, 16, 4), (1, 8, 1), (3, 8, 1)],
+)
+def test_devices_divide_the_prompts_that_are_read(
+  num_prompts, group_size, copies
+):
+  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(data=8))
+  assert generate.copies_at_once(num_prompts, group_size, mesh) == copies
+
+
 def _placement(num_devices):
   """Twice as many replicas as experts, some of them with four."""
   load_LE = np.random.default_rng(0).zipf(1.5, (1, 8)).clip(1, 1000)
