@@ -109,10 +109,9 @@ def main() -> None:
   for number in range(1, rounds + 1):
     loads.append(os.getloadavg()[0])
     print(f'round {number} of {rounds}, load {loads[-1]:.1f}', flush=True)
-    for devices in ways:
-      way = _count(devices, 'device')
-      print(f'  r1jax, {way} …', flush=True)
-      add(series, way, run_ours(devices, _REPEATS.value))
+    print('  r1jax …', flush=True)
+    for devices, figures in run_ours(ways, _REPEATS.value).items():
+      add(series, _count(devices, 'device'), figures)
     for threads in (1, 2) if _PEERS.value else ():
       way = _count(threads, 'thread')
       print(f'  transformers and TRL, {way} …', flush=True)
@@ -140,18 +139,21 @@ def add(
     series[name].setdefault(way, []).append(repeats)
 
 
-def run_ours(devices: int, repeats: int) -> dict[str, list[float]]:
-  """One round of r1jax on so many CPU devices, in a process of its own."""
+def run_ours(
+  ways: Sequence[int], repeats: int
+) -> dict[int, dict[str, list[float]]]:
+  """One round of r1jax on so many CPU devices each, in turn in one process."""
   command = [
     sys.executable,
     '-m',
     'experiments.bench_worker',
-    f'--host_devices={devices}',
+    f'--host_devices={max(ways)}',
+    f'--ways={",".join(map(str, ways))}',
     f'--times={repeats}',
   ]
   out = _run(command, {'JAX_PLATFORMS': 'cpu'}, _ROOT)
   figures = json.loads(out.splitlines()[-1])
-  return {name: figures[name] for name in ('train', 'dense', 'decode', 'grpo')}
+  return {int(way): of_way for way, of_way in figures.items()}
 
 
 def run_peers(

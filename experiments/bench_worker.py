@@ -1,8 +1,8 @@
-"""Measures r1jax once, on the devices of this process; JSON on stdout.
+"""Measures r1jax on one and more devices of a process; JSON on stdout.
 
-  python -m experiments.bench_worker --host_devices=2 --times=5
+  python -m experiments.bench_worker --host_devices=2 --ways=1,2 --times=5
 
-`experiments.bench` runs it, once for each way of using the machine.
+`experiments.bench` runs it, once a round.
 """
 
 import copy
@@ -16,11 +16,12 @@ from absl import flags
 
 from experiments import app
 
+_WAYS = flags.DEFINE_list('ways', ['1'], 'Numbers of devices to try.')
 _REPEATS = flags.DEFINE_integer('times', 5, 'Times each figure is taken.', 1)
 
 _BATCH, _LENGTH = 8, 128  # Of the train step.
 _PROMPT, _NEW = 32, 64  # Tokens of decoding and of GRPO, 8 rows.
-_STEPS = 4  # Train steps of one repeat.
+_STEPS = 8  # Train steps of one repeat.
 # Steps before: the router's bias evens out the load, as it has in all but the
 # first steps of a run.
 _WARM_UP_STEPS = 40
@@ -32,10 +33,11 @@ def main() -> None:
 
   from r1jax.parallel import mesh as mesh_lib
 
-  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig())
-  with jax.set_mesh(mesh):
-    figures = measure(mesh, model_config(), _REPEATS.value)
-  print(json.dumps(figures))
+  meshes = {
+    way: mesh_lib.make_mesh(mesh_lib.MeshConfig(), jax.devices()[: int(way)])
+    for way in _WAYS.value
+  }
+  print(json.dumps(measure(meshes, model_config(), _REPEATS.value)))
 
 
 def model_config() -> Any:
@@ -67,6 +69,8 @@ def model_config() -> Any:
     ),
     init_std=0.02,
     max_length=512,
+    # A loop would fill and cut stacks of the four layers in each step.
+    scan_layers=False,
   )
 
 
@@ -86,36 +90,52 @@ def dense_twin(config: Any) -> Any:
   )
 
 
-def measure(mesh: Any, config: Any, repeats: int) -> dict[str, Any]:
-  """Takes every figure `repeats` times.
+def measure(
+  meshes: dict[str, Any], config: Any, repeats: int
+) -> dict[str, dict[str, list[float]]]:
+  """Takes every figure `repeats` times on each mesh.
+
+  Both models' train steps on all meshes take turns, so that their ratio bears
+  a change of load whichever mesh suits which; so do the others.
 
   Returns:
-    'devices', 'parameters', and lists of 'train', 'dense', 'decode' (tokens/s)
-    and 'grpo' (seconds a step). Train steps of the two models alternate, so
-    that their ratio bears a change of load.
+    For each mesh lists of 'train', 'dense', 'decode' (tokens/s) and 'grpo'
+    (seconds a step).
   """
+  runs = {}
+  for way, mesh in meshes.items():
+    made = {
+      'train': _make_training(mesh, config),
+      'dense': _make_training(mesh, dense_twin(config)),
+      'decode': _make_decoding(mesh, config),
+      'grpo': _make_grpo(mesh, config),
+    }
+    runs |= {(way, name): _on_mesh(mesh, run) for name, run in made.items()}
+  for (_, name), run in runs.items():
+    # The first one compiles.
+    for _ in range(2 + _WARM_UP_STEPS * (name in ('train', 'dense'))):
+      run()
+  figures = {way: {} for way in meshes}
+  tokens = {'train': _BATCH * _LENGTH, 'decode': _BATCH * _NEW, 'grpo': None}
+  tokens['dense'] = tokens['train']
+  for turn in (('train', 'dense'), ('decode',), ('grpo',)):
+    for _ in range(repeats):
+      for (way, name), run in runs.items():
+        if name in turn:
+          seconds = _seconds(run, _STEPS if 'train' in turn else 1)
+          value = tokens[name] / seconds if tokens[name] else seconds
+          figures[way].setdefault(name, []).append(value)
+  return figures
+
+
+def _on_mesh(mesh: Any, run: Callable[[], None]) -> Callable[[], None]:
   import jax
 
-  train, count = _make_training(mesh, config)
-  dense, _ = _make_training(mesh, dense_twin(config))
-  decode = _make_decoding(mesh, config)
-  grpo = _make_grpo(mesh, config)
-  for run in (train, dense, decode, grpo):
-    run()  # Compiles.
-    run()
-  for _ in range(_WARM_UP_STEPS):
-    train()
-    dense()
-  figures = {'train': [], 'dense': [], 'decode': [], 'grpo': []}
-  for _ in range(repeats):
-    for name, run in (('train', train), ('dense', dense)):
-      seconds = _seconds(run, _STEPS)
-      figures[name].append(_BATCH * _LENGTH / seconds)
-  for _ in range(repeats):
-    figures['decode'].append(_BATCH * _NEW / _seconds(decode, 1))
-  for _ in range(repeats):
-    figures['grpo'].append(_seconds(grpo, 1))
-  return {'devices': jax.device_count(), 'parameters': count, **figures}
+  def run_there() -> None:
+    with jax.set_mesh(mesh):
+      run()
+
+  return run_there
 
 
 def _seconds(run: Callable[[], None], times: int) -> float:
@@ -157,9 +177,8 @@ def _make_stage(mesh: Any, config: Any, *, peak_lr: float) -> Any:
   )
 
 
-def _make_training(mesh: Any, config: Any) -> tuple[Callable[[], None], int]:
-  """A train step on all tokens, its loss fetched, and the parameter count."""
-  import jax
+def _make_training(mesh: Any, config: Any) -> Callable[[], None]:
+  """A train step on all tokens, its loss fetched."""
   import numpy as np
 
   from r1jax import types
@@ -168,7 +187,6 @@ def _make_training(mesh: Any, config: Any) -> tuple[Callable[[], None], int]:
 
   stage = _make_stage(mesh, config, peak_lr=1e-3)
   state = stage.new_state(print)
-  count = sum(x.size for x in jax.tree.leaves(state.variables))
   loss_fn = pretrain.make_loss(
     config, mtp_coef=0.0, balance_coef=stage.train.balance_coef
   )
@@ -192,7 +210,7 @@ def _make_training(mesh: Any, config: Any) -> tuple[Callable[[], None], int]:
     state, metrics = train_step(state, batch)
     float(metrics['train/loss'])
 
-  return run, count
+  return run
 
 
 def _make_decoding(mesh: Any, config: Any) -> Callable[[], None]:

@@ -65,45 +65,47 @@ def _run(*args) -> jax.Array:
 
 
 def _forward(x_TD, weight_TK, gate_EDF, up_EDF, down_EFD, layout, tail):
-  gate_up_EDF = _join(gate_EDF, up_EDF)
-  gate_up_ECF = _matmul(_rows(x_TD, layout, gate_EDF), gate_up_EDF)
-  y_ECD = _matmul(_activate(gate_up_ECF), down_EFD)
+  x_ECD = _rows(x_TD, layout, gate_EDF)
+  gate_up = _matmul(x_ECD, gate_EDF), _matmul(x_ECD, up_EDF)
+  y_ECD = _matmul(_activate(*gate_up), down_EFD)
   out_TD = layout_lib.combine(
     y_ECD.reshape(-1, y_ECD.shape[-1]), weight_TK, layout
   )
   args = x_TD, weight_TK, gate_EDF, up_EDF, down_EFD, layout, tail
   if tail is not None:
-    out_TD = _add_tail(out_TD, x_TD, weight_TK, gate_up_EDF, down_EFD, tail)
-  return out_TD, (args, gate_up_ECF)
+    out_TD = _add_tail(
+      out_TD, x_TD, weight_TK, (gate_EDF, up_EDF, down_EFD), tail
+    )
+  return out_TD, (args, gate_up)
 
 
 def _backward(saved, pull_TD):
-  args, gate_up_ECF = saved
+  args, gate_up = saved
   x_TD, weight_TK, gate_EDF, up_EDF, down_EFD, layout, tail = args
-  gate_up_EDF = _join(gate_EDF, up_EDF)
-  E, C, _ = gate_up_ECF.shape
+  E, C, _ = gate_up[0].shape
 
+  x_ECD = _rows(x_TD, layout, gate_EDF)
   pull_ECD = _rows(pull_TD, layout, gate_EDF)
   weight_EC1 = layout_lib.of_rows(weight_TK, layout).reshape(E, C, 1)
-  hidden_ECF, pull_activation = jax.vjp(_activate, gate_up_ECF)
+  hidden_ECF, pull_activation = jax.vjp(_activate, *gate_up)
   back_ECF = _matmul(pull_ECD, down_EFD.mT)
-  (back_gate_up_ECF,) = pull_activation(back_ECF * weight_EC1)
-  grad_x_ECD = _matmul(back_gate_up_ECF, gate_up_EDF.mT)
+  back_gate_ECF, back_up_ECF = pull_activation(back_ECF * weight_EC1)
+  grad_x_ECD = _matmul(back_gate_ECF, gate_EDF.mT)
+  grad_x_ECD += _matmul(back_up_ECF, up_EDF.mT)
   grads = (
     layout_lib.sum_of_rows(grad_x_ECD.reshape(E * C, -1), layout),
     layout_lib.of_choices(
       jnp.sum(hidden_ECF * back_ECF, axis=-1).reshape(-1), layout
     ),
-    _outer(_rows(x_TD, layout, gate_EDF), back_gate_up_ECF),
+    _outer(x_ECD, back_gate_ECF),
+    _outer(x_ECD, back_up_ECF),
     _outer(hidden_ECF * weight_EC1, pull_ECD),
   )
   if tail is not None:
     grads = _add_tail_grads(
-      grads, pull_TD, x_TD, weight_TK, gate_up_EDF, down_EFD, tail
+      grads, pull_TD, x_TD, weight_TK, (gate_EDF, up_EDF, down_EFD), tail
     )
-  grad_x, grad_weight, grad_gate_up, grad_down = grads
-  grad_gate, grad_up = jnp.split(grad_gate_up, 2, axis=-1)
-  pairs = zip((grad_x, grad_weight, grad_gate, grad_up, grad_down), args)
+  pairs = zip(grads, args)
   return *(g.astype(a.dtype) for g, a in pairs), None, None
 
 
@@ -116,13 +118,7 @@ def _rows(x_TD, layout, w_EDF):
   return layout_lib.dispatch(x_TD, layout).reshape(E, -1, D)
 
 
-def _join(gate, up):
-  """One product for gate and up: fewer and larger operations."""
-  return jnp.concatenate([gate, up], axis=-1)
-
-
-def _activate(gate_up):
-  gate, up = jnp.split(gate_up, 2, axis=-1)
+def _activate(gate, up):
   return jax.nn.silu(gate) * up
 
 
@@ -139,10 +135,10 @@ def _outer(x_ECD, y_ECF):
 # ---- The tail -------------------------------------------------------------
 
 
-def _add_tail(out_TD, x_TD, weight_TK, gate_up_EDF, down_EFD, tail):
+def _add_tail(out_TD, x_TD, weight_TK, weights, tail):
   def add_block(i, out_TD):
     rows = _Rows(tail, i, weight_TK)
-    out_bD = _run_block(*rows.of(x_TD, weight_TK, gate_up_EDF, down_EFD))
+    out_bD = _run_block(*rows.of(x_TD, weight_TK, weights))
     return rows.add_to_tokens(out_TD, out_bD)
 
   total_TD = jax.lax.fori_loop(
@@ -151,28 +147,26 @@ def _add_tail(out_TD, x_TD, weight_TK, gate_up_EDF, down_EFD, tail):
   return total_TD.astype(out_TD.dtype)
 
 
-def _add_tail_grads(
-  grads, pull_TD, x_TD, weight_TK, gate_up_EDF, down_EFD, tail
-):
+def _add_tail_grads(grads, pull_TD, x_TD, weight_TK, weights, tail):
   def add_block(i, grads):
     rows = _Rows(tail, i, weight_TK)
-    args = rows.of(x_TD, weight_TK, gate_up_EDF, down_EFD)
+    args = rows.of(x_TD, weight_TK, weights)
     _, vjp = jax.vjp(_run_block, *args)
     pulled = vjp(rows.of_tokens(pull_TD).astype(jnp.float32))
     return (
       rows.add_to_tokens(grads[0], pulled[0]),
       rows.add_to_choices(grads[1], pulled[1]),
-      grads[2].at[rows.expert].add(pulled[2]),
-      grads[3].at[rows.expert].add(pulled[3]),
+      *(g.at[rows.expert].add(p) for g, p in zip(grads[2:], pulled[2:])),
     )
 
   grads = tuple(g.astype(jnp.float32) for g in grads)
   return jax.lax.fori_loop(0, tail.num_blocks, add_block, grads)
 
 
-def _run_block(x_bD, weight_b, gate_up_DF, down_FD):
+def _run_block(x_bD, weight_b, gate_DF, up_DF, down_FD):
   """Weighted outputs of one expert, float32 [b, D]."""
-  y_bD = _matmul(_activate(_matmul(x_bD, gate_up_DF)), down_FD)
+  hidden_bF = _activate(_matmul(x_bD, gate_DF), _matmul(x_bD, up_DF))
+  y_bD = _matmul(hidden_bF, down_FD)
   return y_bD.astype(jnp.float32) * weight_b[:, None]
 
 
@@ -185,13 +179,12 @@ class _Rows:
     self._choice_b = _at(tail.choice_nb, i)
     self._token_b = self._choice_b // K  # Of padding T, as its choice is T · K.
 
-  def of(self, x_TD, weight_TK, gate_up_EDF, down_EFD):
+  def of(self, x_TD, weight_TK, weights):
     """What the block computes with."""
     return (
       self.of_tokens(x_TD),
       self.of_choices(weight_TK),
-      _at(gate_up_EDF, self.expert),
-      _at(down_EFD, self.expert),
+      *(_at(w, self.expert) for w in weights),
     )
 
   def of_tokens(self, x_TD):

@@ -150,11 +150,14 @@ def test_without_peers_their_rows_are_left_out():
 _PROGRAM = """
 import sys
 from experiments import app, bench
-bench.run_ours = lambda devices, repeats: {
-  'train': [3000.0 * devices] * repeats,
-  'dense': [3000.0] * repeats,
-  'decode': [500.0] * repeats,
-  'grpo': [1.0 / devices] * repeats,
+bench.run_ours = lambda ways, repeats: {
+  devices: {
+    'train': [3000.0 * devices] * repeats,
+    'dense': [3000.0] * repeats,
+    'decode': [500.0] * repeats,
+    'grpo': [1.0 / devices] * repeats,
+  }
+  for devices in ways
 }
 app.run(bench.main)
 """
@@ -230,9 +233,10 @@ def test_a_peer_that_fails_is_named(tmp_path):
 @pytest.mark.slow
 def test_every_figure_is_taken_on_a_small_model():
   config = micro.model(mtp_depth=0, max_length=128)
-  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(), jax.devices()[:2])
-  with jax.set_mesh(mesh):
-    figures = bench_worker.measure(mesh, config, 2)
-  for name in ('train', 'dense', 'decode', 'grpo'):
-    assert len(figures[name]) == 2
-    assert min(figures[name]) > 0
+  make = lambda n: mesh_lib.make_mesh(mesh_lib.MeshConfig(), jax.devices()[:n])
+  figures = bench_worker.measure({'1': make(1), '2': make(2)}, config, 2)
+  assert list(figures) == ['1', '2']
+  for of_way in figures.values():
+    assert set(of_way) == {'train', 'dense', 'decode', 'grpo'}
+    for values in of_way.values():
+      assert len(values) == 2 and min(values) > 0
