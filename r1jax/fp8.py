@@ -1,21 +1,29 @@
-"""FP8 tiles of activations: e4m3, and a scale for 128 channels of a token.
+"""FP8 where the model uses it: linears, experts, and tokens that travel.
 
 Source: DeepSeek-V3, arXiv:2412.19437, §3.3.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.linear_fp8 import ops as linear_fp8_ops
+from pallas_kernels.quantize_fp8 import ops as quantize_fp8_ops
+
 E4M3 = jnp.float8_e4m3fn
-LARGEST = 448.0
-TILE = 128
-_LEAST_AMAX = 1e-4  # A tile of zeros must not have the scale 0.
+TILE = quantize_fp8_ops.SIZE
+
+# How linears and experts multiply: in the compute type, or from FP8 operands
+# with a scale for each tile (V3's recipe) or for each tensor.
+PRECISIONS = ('dtype', 'block_fp8', 'tensor_fp8')
+_SCALINGS = {'block_fp8': 'block', 'tensor_fp8': 'tensor'}
 
 
 def quantize_tiles(
   x: jax.Array, *, power_of_two: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-  """Each tile as q · scale: scale = max(amax, 1e-4) / 448.
+  """Each tile of 128 channels of a token as q · scale.
 
   Args:
     x: [..., D]; the last tile may be narrower.
@@ -24,20 +32,12 @@ def quantize_tiles(
   Returns:
     q e4m3 [..., D] and scale float32 [..., ceil(D / 128)].
   """
-  D = x.shape[-1]
-  wide = [(0, 0)] * (x.ndim - 1) + [(0, -D % TILE)]
-  tiles = jnp.pad(x.astype(jnp.float32), wide).reshape(*x.shape[:-1], -1, TILE)
-  amax = jnp.maximum(jnp.abs(tiles).max(-1), _LEAST_AMAX)
-  scale = amax / LARGEST
-  if power_of_two:
-    # From the bits, as log2 rounds: the exponent, one more if there is a rest.
-    mantissa, exponent = jnp.frexp(scale)
-    scale = jnp.ldexp(
-      jnp.ones_like(scale), jnp.where(mantissa == 0.5, exponent - 1, exponent)
-    )
-  # Above 464 a cast gives nan, so it is clipped first.
-  scaled = jnp.clip(tiles / scale[..., None], -LARGEST, LARGEST)
-  return scaled.astype(E4M3).reshape(*x.shape[:-1], -1)[..., :D], scale
+  flat = quantize_fp8_ops.quantize(
+    x.reshape(-1, x.shape[-1]),
+    quantize_fp8_ops.ROWS,
+    power_of_two=power_of_two,
+  )
+  return flat.q.reshape(x.shape), flat.scale.reshape(*x.shape[:-1], -1)
 
 
 def dequantize_tiles(
@@ -46,3 +46,79 @@ def dequantize_tiles(
   """q · scale in float32, then in `dtype`."""
   wide = jnp.repeat(scale, TILE, axis=-1)[..., : q.shape[-1]]
   return (q.astype(jnp.float32) * wide).astype(dtype)
+
+
+def scaling(precision: str) -> str | None:
+  """Of linear_fp8, for one of PRECISIONS; None for products in the dtype."""
+  return _SCALINGS.get(precision)
+
+
+def weight_dtype(dtype: jnp.dtype, precision: str) -> jnp.dtype:
+  """What weights are read in: FP8 is made of the float32 they are kept in.
+
+  So that their gradients are float32, too.
+  """
+  return dtype if scaling(precision) is None else jnp.dtype('float32')
+
+
+def einsum(
+  formula: str,
+  x: jax.Array,
+  w: jax.Array,
+  *,
+  precision: str,
+  power_of_two: bool = False,
+) -> jax.Array:
+  """A linear: jnp.einsum of activations and a weight.
+
+  Args:
+    formula: As 'BTHU,DHU->BTD': what is summed comes last in x, and the axes of
+      the result are x's others, then the weight's others.
+    x: Activations.
+    w: The weight.
+    precision: One of PRECISIONS.
+    power_of_two: Scales of x are powers of two, in FP8.
+
+  Returns:
+    In the dtype of x.
+  """
+  if scaling(precision) is None:
+    return jnp.einsum(formula, x, w)
+  names, out = formula.split('->')
+  of_x, of_w = names.split(',')
+  summed = [a for a in of_x if a in of_w]
+  kept = [a for a in of_w if a not in of_x]
+  first = len(of_x) - len(summed)
+  if [*of_x[first:]] != summed or [*out] != [*of_x[:first], *kept]:
+    raise ValueError(f'{formula} is no linear: see the docstring')
+  w = w.transpose([of_w.index(a) for a in summed + kept])
+  inner = math.prod(x.shape[first:])
+  y_mn = linear_fp8_ops.linear(
+    x.reshape(-1, inner),
+    w.reshape(inner, -1),
+    scaling=scaling(precision),
+    power_of_two=power_of_two,
+  )
+  return y_mn.reshape(*x.shape[:first], *w.shape[len(summed) :])
+
+
+def rounded(formula: str, w: jax.Array, dtype: jnp.dtype, precision: str):
+  """A weight as `einsum` multiplies it, where it is applied in another order.
+
+  Args:
+    formula: That einsum's.
+    w: The weight.
+    dtype: Of the result.
+    precision: One of PRECISIONS.
+  """
+  if scaling(precision) is None:
+    return w
+  of_x, of_w = formula.split('->')[0].split(',')
+  summed = [i for i, a in enumerate(of_w) if a in of_x]
+  kept = [i for i, a in enumerate(of_w) if a not in of_x]
+  order = summed + kept
+  moved = w.transpose(order)
+  inner = math.prod(moved.shape[: len(summed)])
+  flat = linear_fp8_ops.rounded(moved.reshape(inner, -1), scaling(precision))
+  back = sorted(range(len(order)), key=order.__getitem__)
+  return flat.reshape(moved.shape).transpose(back).astype(dtype)

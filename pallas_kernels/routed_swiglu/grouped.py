@@ -5,6 +5,7 @@ import functools
 import jax
 
 from pallas_kernels.grouped_matmul import ops as grouped_matmul_ops
+from pallas_kernels.linear_fp8 import ops as linear_fp8_ops
 from pallas_kernels.routed_swiglu import layout as layout_lib
 
 
@@ -20,6 +21,7 @@ def routed_swiglu(
   max_choices: int,
   matmul: str,
   interpret: bool,
+  scaling: str | None,
 ) -> jax.Array:
   """See ops.routed_swiglu; each expert has whole blocks of rows."""
   layout, size_E = layout_lib.contiguous(
@@ -33,6 +35,17 @@ def routed_swiglu(
     interpret=interpret,
   )
   x_mD = layout_lib.dispatch(x_TD, layout)
+  if scaling is not None:
+    y_mD = linear_fp8_ops.swiglu(
+      x_mD,
+      gate_EDF,
+      up_EDF,
+      down_EFD,
+      linear_fp8_ops.Groups(size_E, block, matmul),
+      scaling=scaling,
+      power_of_two=True,
+    )
+    return layout_lib.combine(y_mD, weight_TK, layout)
   # Two products: one would need a copy of both weights side by side.
   hidden_mF = jax.nn.silu(multiply(x_mD, gate_EDF)) * multiply(x_mD, up_EDF)
   y_mD = multiply(hidden_mF, down_EFD)

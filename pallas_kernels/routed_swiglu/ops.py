@@ -2,6 +2,7 @@
 
 import jax
 
+from pallas_kernels.quantize_fp8 import ops as quantize_fp8_ops
 from pallas_kernels.routed_swiglu import grouped, reference, xla
 
 IMPLEMENTATIONS = ('xla', 'grouped', 'megablox', 'reference')
@@ -17,6 +18,7 @@ def routed_swiglu(
   *,
   block: int,
   implementation: str,
+  scaling: str | None = None,
   mean_choices: int | None = None,
   max_choices: int | None = None,
   interpret: bool = False,
@@ -39,6 +41,8 @@ def routed_swiglu(
       grouped_matmul in XLA, for small models on accelerators), 'megablox'
       (the same through its kernel for TPUs; 512 rows a block to be bound by
       arithmetic) or 'reference'.
+    scaling: For products of FP8 operands, see linear_fp8; needs 'grouped' and
+      whole 128 rows a block.
     mean_choices: How many choices below E to expect; cost only. T · K if None.
     max_choices: How many there may be; T · K if None. Those beyond may be left
       out, the busiest experts' last ones.
@@ -48,10 +52,18 @@ def routed_swiglu(
     [T, D] in the dtype of x.
 
   Raises:
-    ValueError: An unknown implementation, or no rows in a block.
+    ValueError: An unknown implementation, one without FP8, or a block that does
+      not do.
   """
   if block < 1:
     raise ValueError(f'block={block} must be at least 1')
+  if scaling is not None and (
+    implementation != 'grouped' or block % quantize_fp8_ops.SIZE
+  ):
+    raise ValueError(
+      f'implementation={implementation!r}, block={block}: FP8 needs grouped '
+      f'and a block that is a multiple of {quantize_fp8_ops.SIZE}'
+    )
   args = (x_TD, expert_TK, weight_TK, gate_EDF, up_EDF, down_EFD)
   mean_choices = mean_choices or expert_TK.size
   max_choices = max_choices or expert_TK.size
@@ -68,10 +80,11 @@ def routed_swiglu(
       mean_rows = max(mean_choices // len(gate_EDF), 1)
       return grouped.routed_swiglu(
         *args,
-        block=min(block, mean_rows),
+        block=min(block, mean_rows) if scaling is None else block,
         max_choices=max_choices,
         matmul='xla',
         interpret=False,
+        scaling=scaling,
       )
     case 'megablox':
       return grouped.routed_swiglu(
@@ -80,6 +93,7 @@ def routed_swiglu(
         max_choices=max_choices,
         matmul='megablox',
         interpret=interpret,
+        scaling=None,
       )
     case 'reference':
       return reference.routed_swiglu(*args).astype(x_TD.dtype)

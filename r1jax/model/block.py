@@ -51,20 +51,21 @@ class Block(nn.Module):
     with jax.named_scope('ffn'):
       h_BTD, metrics = norm('ffn_norm')(x_BTD), None
       if self.is_moe:
-        ffn = moe.Moe(c.moe, c.init_std, dtype, name='moe')
+        ffn = moe.Moe(c.moe, c.init_std, dtype, c.precision, name='moe')
         out_BTD, metrics = ffn(h_BTD, context.keep_BT)
       else:
-        ffn = layers.SwiGlu(c.dense_dim, c.init_std, dtype, name='ffn')
+        ffn = layers.SwiGlu(
+          c.dense_dim, c.init_std, dtype, c.precision, name='ffn'
+        )
         out_BTD = ffn(h_BTD)
       x_BTD += out_BTD
     return x_BTD, cache, BlockMetrics(metrics, indexer_BT)
 
   def _attention(self) -> nn.Module:
-    c, dtype = self.config, jnp.dtype(self.config.dtype)
+    c = self.config
+    how = c.init_std, jnp.dtype(c.dtype), c.precision
     match c.attention:
       case model_config.MlaConfig():
-        return mla.Mla(c.attention, c.init_std, dtype, name='attention')
+        return mla.Mla(c.attention, *how, name='attention')
       case model_config.GqaConfig():
-        return gqa.Gqa(
-          c.attention, c.norm_eps, c.init_std, dtype, name='attention'
-        )
+        return gqa.Gqa(c.attention, c.norm_eps, *how, name='attention')

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pallas_kernels.routed_swiglu import ops as routed_swiglu_ops
 from r1jax import config as config_lib
+from r1jax import fp8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -378,6 +379,10 @@ class ModelConfig:
     tie_embeddings: The head is the embedding.
     max_length: Longest sequence, in tokens.
     dtype: Compute type: 'float32' or 'bfloat16'. Parameters are float32.
+    precision: Of the products of linears and experts: that of 'dtype', or FP8's
+      with scales of tiles ('block_fp8', V3's recipe) or of whole tensors
+      ('tensor_fp8'). Embedding, head, router, norms, attention itself, the
+      projection of MTP and indexers have the compute type.
     remat: Recompute each block in the backward pass.
     scan_layers: Compile one block per stack and loop, or unroll the loop.
   """
@@ -399,6 +404,7 @@ class ModelConfig:
   remat: bool = False
   scan_layers: bool = True
   attention_implementation: Literal['naive', 'chunked', 'splash'] = 'naive'
+  precision: Literal['dtype', 'block_fp8', 'tensor_fp8'] = 'dtype'
 
   def __post_init__(self):
     check = functools.partial(config_lib.check_at_least, self)
@@ -420,6 +426,7 @@ class ModelConfig:
       raise ValueError(
         f"dtype={self.dtype!r}, it must be 'float32' or 'bfloat16'"
       )
+    self._check_precision()
     implementation = self.attention_implementation
     if implementation not in ('naive', 'chunked', 'splash'):
       raise ValueError(
@@ -433,4 +440,19 @@ class ModelConfig:
       raise ValueError(
         f'attention_implementation={implementation!r}: with an indexer it '
         "must be 'naive'"
+      )
+
+  def _check_precision(self):
+    if self.precision not in fp8.PRECISIONS:
+      raise ValueError(
+        f'precision={self.precision!r}, it must be one of {fp8.PRECISIONS}'
+      )
+    moe = self.moe
+    if self.precision == 'dtype' or moe is None:
+      return
+    if moe.implementation != 'grouped' or moe.block % fp8.TILE:
+      raise ValueError(
+        f'precision={self.precision!r} needs moe.implementation=grouped and a '
+        f'moe.block of whole {fp8.TILE} rows, they are {moe.implementation} '
+        f'and {moe.block}'
       )

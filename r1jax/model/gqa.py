@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from r1jax import fp8
 from r1jax.model import attention, layers, rope
 from r1jax.model import cache as cache_lib
 from r1jax.model import config as model_config
@@ -22,6 +23,7 @@ class Gqa(nn.Module):
   norm_eps: float
   init_std: float
   dtype: jnp.dtype
+  precision: str = 'dtype'
 
   @nn.compact
   def __call__(
@@ -77,25 +79,36 @@ class Gqa(nn.Module):
       (D, H, Q),
       ('embed', 'heads', None),
       std=self.init_std,
-      dtype=self.dtype,
+      dtype=fp8.weight_dtype(self.dtype, self.precision),
     )
-    out_BTD = jnp.einsum('BTHQ,DHQ->BTD', o_BTHQ, out_DHQ)
+    out_BTD = fp8.einsum(
+      'BTHQ,DHQ->BTD',
+      o_BTHQ,
+      out_DHQ,
+      precision=self.precision,
+      power_of_two=True,
+    )
     return sharding.fan_in(out_BTD), cache, None
 
   def _project(self, x_BTD, name, num_heads, axis):
     """x times the matrix of so many heads, and the bias if there are any."""
     c = self.config
-    param = functools.partial(sharding.param, self, dtype=self.dtype)
+    param = functools.partial(sharding.param, self)
     w_DHQ = param(
       f'{name}_proj',
       (x_BTD.shape[-1], num_heads, c.head_dim),
       ('embed', axis, None),
       std=self.init_std,
+      dtype=fp8.weight_dtype(self.dtype, self.precision),
     )
-    out_BTHQ = jnp.einsum('BTD,DHQ->BTHQ', x_BTD, w_DHQ)
+    out_BTHQ = fp8.einsum(
+      'BTD,DHQ->BTHQ', x_BTD, w_DHQ, precision=self.precision
+    )
     if c.qkv_bias:
       shape = (num_heads, c.head_dim)
-      bias_HQ = param(f'{name}_bias', shape, (axis, None), std=0.0)
+      bias_HQ = param(
+        f'{name}_bias', shape, (axis, None), std=0.0, dtype=self.dtype
+      )
       out_BTHQ += bias_HQ
     return out_BTHQ
 

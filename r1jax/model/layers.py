@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.linear_fp8 import ops as linear_fp8_ops
+from r1jax import fp8
 from r1jax.parallel import sharding
 
 
@@ -67,18 +69,29 @@ class SwiGlu(nn.Module):
   hidden_dim: int
   init_std: float
   dtype: jnp.dtype
+  precision: str = 'dtype'
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     D, F = x_BTD.shape[-1], self.hidden_dim
     param = functools.partial(
-      sharding.param, self, std=self.init_std, dtype=self.dtype
+      sharding.param,
+      self,
+      std=self.init_std,
+      dtype=fp8.weight_dtype(self.dtype, self.precision),
     )
     gate_DF = param('gate', (D, F), ('embed', 'mlp'))
     up_DF = param('up', (D, F), ('embed', 'mlp'))
     down_FD = param('down', (F, D), ('mlp', 'embed'))
     x_BTD = sharding.fan_out(x_BTD.astype(self.dtype))
-    return sharding.fan_in(_swiglu(x_BTD, gate_DF, up_DF, down_FD))
+    weights = gate_DF, up_DF, down_FD
+    scaling = fp8.scaling(self.precision)
+    if scaling is None:
+      return sharding.fan_in(_swiglu(x_BTD, *weights))
+    out_mD = linear_fp8_ops.swiglu(
+      x_BTD.reshape(-1, D), *weights, scaling=scaling
+    )
+    return sharding.fan_in(out_mD).reshape(x_BTD.shape)
 
 
 @jax.custom_vjp

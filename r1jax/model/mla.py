@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from r1jax import fp8
 from r1jax.model import attention, layers, rope, sparse
 from r1jax.model import cache as cache_lib
 from r1jax.model import config as model_config
@@ -28,6 +29,7 @@ class Mla(nn.Module):
   config: model_config.MlaConfig
   init_std: float
   dtype: jnp.dtype
+  precision: str = 'dtype'
 
   @nn.compact
   def __call__(
@@ -55,8 +57,12 @@ class Mla(nn.Module):
     c = self.config
     D, H, C, N = x_BTD.shape[-1], c.num_heads, c.kv_lora_rank, c.nope_head_dim
     param = functools.partial(
-      sharding.param, self, std=self.init_std, dtype=self.dtype
+      sharding.param,
+      self,
+      std=self.init_std,
+      dtype=fp8.weight_dtype(self.dtype, self.precision),
     )
+    linear = functools.partial(fp8.einsum, precision=self.precision)
     norm = functools.partial(layers.RmsNorm, c.norm_eps, self.dtype)
     rotate = functools.partial(rope.rotate, interleaved=c.rope.interleaved)
     cos_BTR, sin_BTR = context.cos_sin
@@ -64,20 +70,20 @@ class Mla(nn.Module):
     q_BTA, q_in = x_BTD, 'embed'
     if c.q_lora_rank is not None:
       q_down_DA = param('q_down', (D, c.q_lora_rank), ('embed', 'latent'))
-      q_BTA = norm(name='q_norm')(jnp.einsum('BTD,DA->BTA', x_BTD, q_down_DA))
+      q_BTA = norm(name='q_norm')(linear('BTD,DA->BTA', x_BTD, q_down_DA))
       q_in = 'rank'
     q_up_AHQ = param(
       'q_up',
       (q_BTA.shape[-1], H, N + c.rope_head_dim),
       (q_in, 'heads', None),
     )
-    q_BTHQ = jnp.einsum('BTA,AHQ->BTHQ', sharding.fan_out(q_BTA), q_up_AHQ)
+    q_BTHQ = linear('BTA,AHQ->BTHQ', sharding.fan_out(q_BTA), q_up_AHQ)
     q_nope_BTHN, q_rope_BTHR = jnp.split(q_BTHQ, [N], axis=-1)
     q_rope_BTHR = rotate(q_rope_BTHR, cos_BTR[:, :, None], sin_BTR[:, :, None])
 
     kv_down_DC = param('kv_down', (D, C + c.rope_head_dim), ('embed', 'latent'))
     latent_BTC, k_rope_BTR = jnp.split(
-      jnp.einsum('BTD,DC->BTC', x_BTD, kv_down_DC), [C], axis=-1
+      linear('BTD,DC->BTC', x_BTD, kv_down_DC), [C], axis=-1
     )
     latent_BTC = norm(name='kv_norm')(latent_BTC)
     k_rope_BTR = rotate(k_rope_BTR, cos_BTR, sin_BTR)
@@ -100,6 +106,12 @@ class Mla(nn.Module):
     learned_BT = None
     if mode.decode:
       past = cache.read(layer)
+      # Weights as training multiplies them; here activations are not rounded.
+      as_trained = functools.partial(
+        fp8.rounded, dtype=self.dtype, precision=self.precision
+      )
+      k_up_CHN = as_trained('BSC,CHN->BSHN', k_up_CHN)
+      v_up_CHU = as_trained('BSC,CHU->BSHU', v_up_CHU)
       q_BTHC = jnp.einsum('BTHN,CHN->BTHC', q_nope_BTHN, k_up_CHN)
       q_BTHC = jnp.concatenate([q_BTHC, q_rope_BTHR], axis=-1)
       attend = functools.partial(absorbed, scale=c.softmax_scale)
@@ -115,8 +127,8 @@ class Mla(nn.Module):
       # The latents travel, not the keys and values of all heads.
       latent_BSC = mode.all_keys(latent_BTC)
       k_rope_BSR = mode.all_keys(k_rope_BTR)
-      k_BSHN = jnp.einsum('BSC,CHN->BSHN', latent_BSC, k_up_CHN)
-      v_BSHU = jnp.einsum('BSC,CHU->BSHU', latent_BSC, v_up_CHU)
+      k_BSHN = linear('BSC,CHN->BSHN', latent_BSC, k_up_CHN)
+      v_BSHU = linear('BSC,CHU->BSHU', latent_BSC, v_up_CHU)
       q_BTHQ = jnp.concatenate([q_nope_BTHN, q_rope_BTHR], axis=-1)
       k_BSHR = jnp.broadcast_to(
         k_rope_BSR[:, :, None], (*k_BSHN.shape[:3], c.rope_head_dim)
@@ -132,7 +144,7 @@ class Mla(nn.Module):
         o_BTHU = attention.flash(
           q_BTHQ, k_BSHQ, v_BSHU, context, mode, scale=c.softmax_scale
         )
-    out_BTD = jnp.einsum('BTHU,DHU->BTD', o_BTHU, out_DHU)
+    out_BTD = linear('BTHU,DHU->BTD', o_BTHU, out_DHU, power_of_two=True)
     return sharding.fan_in(out_BTD), cache, learned_BT
 
   def _attend(self, q_BTHQ, k_BSHQ, v_BSHU, mask_BTS, index, mode):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.routed_swiglu import ops as routed_swiglu_ops
+from r1jax import fp8
 from r1jax.model import config as model_config
 from r1jax.model import layers, router
 from r1jax.parallel import expert as expert_parallel
@@ -53,6 +54,7 @@ class Moe(nn.Module):
   config: model_config.MoeConfig
   init_std: float
   dtype: jnp.dtype
+  precision: str = 'dtype'
 
   @nn.compact
   def __call__(
@@ -63,7 +65,9 @@ class Moe(nn.Module):
     D, E, F = x_BTD.shape[-1], c.num_experts, c.expert_dim
     param = functools.partial(sharding.param, self, std=self.init_std)
     router_DE = param('router', (D, E), ('embed', None))
-    param = functools.partial(param, dtype=self.dtype)
+    param = functools.partial(
+      param, dtype=fp8.weight_dtype(self.dtype, self.precision)
+    )
     gate_EDF = param('gate', (E, D, F), ('experts', 'expert_embed', 'mlp'))
     up_EDF = param('up', (E, D, F), ('experts', 'expert_embed', 'mlp'))
     down_EFD = param('down', (E, F, D), ('experts', 'expert_mlp', None))
@@ -99,6 +103,7 @@ class Moe(nn.Module):
         flat(sharding.fan_out(weight_BTK)),
         (gate_EDF, up_EDF, down_EFD),
         c,
+        scaling=fp8.scaling(self.precision),
         is_placed=is_placed,
       )
       out_BTD = sharding.fan_in(out_TD).reshape(x_BTD.shape)
@@ -109,14 +114,18 @@ class Moe(nn.Module):
     )
     if c.num_shared:
       shared = layers.SwiGlu(
-        c.num_shared * F, self.init_std, self.dtype, name='shared'
+        c.num_shared * F,
+        self.init_std,
+        self.dtype,
+        self.precision,
+        name='shared',
       )
       out_BTD = out_BTD + shared(x_BTD)
     return out_BTD, metrics
 
 
 def _run_experts(
-  x_TD, expert_TK, weight_TK, weights, config, *, is_placed=False
+  x_TD, expert_TK, weight_TK, weights, config, *, scaling, is_placed=False
 ):
   """The routed part on one device: its tokens, or what its experts are sent.
 
@@ -126,9 +135,13 @@ def _run_experts(
   """
   c, tokens = config, (x_TD, weight_TK)
   if sharding.axis_size(expert_parallel.AXIS) == 1:
-    out_TD = _routed_swiglu(x_TD, expert_TK, weight_TK, weights, c)
+    out_TD = _routed_swiglu(
+      x_TD, expert_TK, weight_TK, weights, c, scaling=scaling
+    )
     return out_TD, jnp.zeros(())
-  run = functools.partial(_exchange, config=c, is_placed=is_placed)
+  run = functools.partial(
+    _exchange, config=c, scaling=scaling, is_placed=is_placed
+  )
   num_parts = c.exchange.num_parts(len(x_TD))
   if num_parts == 1:
     return run(tokens, weights, expert_TK)
@@ -147,7 +160,7 @@ def _routed_swiglu(x_TD, expert_TK, weight_TK, weights, config, **sizes):
   )
 
 
-def _exchange(tokens, weights, expert_TK, *, config, is_placed):
+def _exchange(tokens, weights, expert_TK, *, config, scaling, is_placed):
   """Tokens (x, weight) travel to their experts, and the sums back."""
   c, (x_TD, weight_TK) = config, tokens
   num_local = weights[0].shape[0]
@@ -179,6 +192,7 @@ def _exchange(tokens, weights, expert_TK, *, config, is_placed):
     weight_NK,
     weights,
     c,
+    scaling=scaling,
     mean_choices=T * K,
     max_choices=limits.choices,
   )

@@ -134,7 +134,7 @@ def suited(
   moe, attention = model.moe, model.attention_implementation
   if platform == 'tpu' and getattr(model.attention, 'indexer', None) is None:
     attention = 'splash'
-  if moe is not None and platform == 'tpu':
+  if moe is not None and platform == 'tpu' and model.precision == 'dtype':
     moe = dataclasses.replace(
       moe,
       implementation='megablox',
