@@ -40,6 +40,7 @@ def get_config(width: str = 'demo') -> ml_collections.ConfigDict:
       'init_std': 0.02,  # ours: V3's 0.006 suits its width, not this one.
       'max_length': 256,
       'dtype': 'float32',
+      'precision': 'dtype',
       'remat': False,
       'scan_layers': True,
     }

@@ -14,8 +14,10 @@ _M, _K, _N = 256, 192, 160
 
 
 def _draw(*shapes):
+  """Activations around 1, and products of them with weights around 1, too."""
   rng = np.random.default_rng(0)
-  return [rng.normal(size=s).astype(np.float32) for s in shapes]
+  size = lambda s: 1 if s[-2] == _M else _K**-0.5
+  return [(size(s) * rng.normal(size=s)).astype(np.float32) for s in shapes]
 
 
 def _rounding(scaling):
