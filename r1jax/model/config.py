@@ -175,6 +175,15 @@ class MlaConfig:
       )
 
   @property
+  def head_widths(self) -> dict[str, int]:
+    """Of all heads' columns, or rows, in the matrices that heads divide."""
+    return {
+      'q_up': self.num_heads * (self.nope_head_dim + self.rope_head_dim),
+      'k_up': self.num_heads * self.nope_head_dim,
+      'v_up': self.num_heads * self.v_head_dim,
+    }
+
+  @property
   def rotated_dim(self) -> int:
     """Width of what is rotated."""
     return self.rope_head_dim
@@ -218,6 +227,14 @@ class GqaConfig:
         f'num_kv_heads={self.num_kv_heads} must divide '
         f'num_heads={self.num_heads}'
       )
+
+  @property
+  def head_widths(self) -> dict[str, int]:
+    """Of all heads' columns, or rows, in the matrices that heads divide."""
+    return {
+      'q_proj': self.num_heads * self.head_dim,
+      'k_proj': self.num_kv_heads * self.head_dim,
+    }
 
   @property
   def rotated_dim(self) -> int:

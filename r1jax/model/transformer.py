@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from r1jax import fp8
 from r1jax.losses import token
 from r1jax.model import attention, layers, moe, rope
 from r1jax.model import block as block_lib
@@ -365,9 +366,37 @@ def shardings(config: model_config.ModelConfig, mesh: jax.sharding.Mesh) -> Any:
   """Where a model's variables lie on a mesh, to be trained.
 
   Raises:
-    ValueError: As `sharding.tree_shardings`.
+    ValueError: As `sharding.tree_shardings`, or the devices of `tensor` would
+      have parts of FP8's tiles.
   """
+  if fp8.scaling(config.precision) == 'block':
+    _check_tiles(config, mesh.shape['tensor'])
   return sharding.tree_shardings(mesh, abstract(config))
+
+
+def _check_tiles(config: model_config.ModelConfig, parts: int) -> None:
+  """A part of each width must be whole tiles, as the whole's scales are."""
+  widths = {
+    f'attention.{name}': width
+    for name, width in config.attention.head_widths.items()
+  }
+  if config.num_dense_layers:
+    widths['dense_dim'] = config.dense_dim
+  if config.moe is not None:
+    widths['moe.expert_dim'] = config.moe.expert_dim
+  is_whole = lambda width, parts: width % (parts * fp8.TILE) == 0
+  for name, width in widths.items():
+    if parts > 1 and not is_whole(width, parts):
+      would_do = max(
+        n
+        for n in range(1, parts)
+        if n == 1 or all(is_whole(w, n) for w in widths.values())
+      )
+      raise ValueError(
+        f'mesh.tensor={parts} cuts model.{name}={width} into parts of '
+        f"{width / parts:g}; precision='block_fp8' needs a multiple of its "
+        f'blocks of {fp8.TILE}: tensor={would_do} would do'
+      )
 
 
 def unstack_layers(variables: Any, config: model_config.ModelConfig) -> Any:

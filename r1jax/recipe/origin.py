@@ -27,7 +27,13 @@ from r1jax.train import workdir as workdir_lib
 # is computed, and what is added or left out.
 _MAY_DIFFER = (
   *('dtype', 'remat', 'scan_layers', 'init_std', 'max_length'),
-  *('mtp_depth', 'attention.indexer', 'moe.block', 'moe.implementation'),
+  *(
+    'precision',
+    'mtp_depth',
+    'attention.indexer',
+    'moe.block',
+    'moe.implementation',
+  ),
 )
 
 
