@@ -6,6 +6,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.linear_cross_entropy import ops as linear_cross_entropy_ops
+
 # Logits that exist at once: 512 MiB in float32, 1,024 tokens of V3.
 _CHUNK_LOGITS = 2**27
 
@@ -29,6 +31,8 @@ class Head:
     join: What was scored of own tokens, [n X, V here] -> [X, V]; a constant.
     own_length: The part of rows [B, T] whose hidden states are here.
     join_length: The whole rows of what each device scored a part of.
+    implementation: Of `token_logp`: 'chunked' (XLA, some tokens at a time) or
+      'pallas' (pallas_kernels.linear_cross_entropy, for TPUs).
   """
 
   w_DV: jax.Array
@@ -40,6 +44,7 @@ class Head:
   join: Callable[[jax.Array], jax.Array] = _same
   own_length: Callable[[jax.Array], jax.Array] = _same
   join_length: Callable[[jax.Array], jax.Array] = _same
+  implementation: str = 'chunked'
 
   def own_logits(self, hidden_XD: jax.Array) -> jax.Array:
     """Float32 logits of this device's columns, [n X, V here]."""
@@ -67,16 +72,16 @@ def token_logp(
 ) -> tuple[jax.Array, jax.Array]:
   """Log-probability of each target and entropy of its distribution.
 
-  logp = z_y/τ - log Σ_v exp(z_v/τ),  z = hidden · head, in float32. More
-  tokens than a chunk are scored chunk by chunk, and their logits are computed
-  again in the backward pass.
+  logp = z_y/τ - log Σ_v exp(z_v/τ),  z = hidden · head, in float32. Logits are
+  computed again in the backward pass, unless 'chunked' has a single chunk.
 
   Args:
     hidden_BTD: Final hidden states.
     head: Output projection.
     targets_BT: int32, the token to score at each position of whole rows.
     temperature: τ > 0.
-    chunk: Own tokens whose logits exist at once; by default what 512 MiB hold.
+    chunk: Own tokens whose logits exist at once, of 'chunked'; by default what
+      512 MiB hold.
 
   Returns:
     logp_BT (nats, float32) and entropy_BT (nats, no gradient).
@@ -103,7 +108,19 @@ def token_logp(
   target_X = targets_BT.reshape(num_tokens)
   columns = head.w_DV.shape[1] * head.num_spread
   chunk = chunk or max(_CHUNK_LOGITS // columns, 1)
-  if num_tokens <= chunk:
+  if head.implementation == 'pallas':
+    logp, entropy = linear_cross_entropy_ops.linear_cross_entropy(
+      head.spread(hidden_XD),
+      head.w_DV,
+      head.spread(target_X),
+      temperature=temperature,
+      implementation='pallas',
+      first=head.first,
+      spread=head.spread,
+      total=head.total,
+      largest=head.largest,
+    )
+  elif num_tokens <= chunk:
     logp, entropy = score(hidden_XD, target_X)
   else:
     padding = -num_tokens % chunk

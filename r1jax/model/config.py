@@ -388,6 +388,8 @@ class ModelConfig:
     attention_implementation: In training and prefill: 'naive' holds all scores,
       'chunked' some at a time, for any device, and 'splash' is a kernel for
       TPUs, for rows of whole 128 tokens.
+    head_implementation: Of log-probabilities: 'chunked' holds some tokens'
+      logits, for any device, 'pallas' none, a kernel for TPUs.
     moe: Feed-forward of the other blocks; None only if all are dense.
     mtp_depth: M, multi-token-prediction modules.
     mtp_after_norm: Feed them the hidden state after the final norm.
@@ -421,6 +423,7 @@ class ModelConfig:
   remat: bool = False
   scan_layers: bool = True
   attention_implementation: Literal['naive', 'chunked', 'splash'] = 'naive'
+  head_implementation: Literal['chunked', 'pallas'] = 'chunked'
   precision: Literal['dtype', 'block_fp8', 'tensor_fp8'] = 'dtype'
 
   def __post_init__(self):
@@ -449,6 +452,11 @@ class ModelConfig:
       raise ValueError(
         f'attention_implementation={implementation!r}, it must be one of '
         "('naive', 'chunked', 'splash')"
+      )
+    if self.head_implementation not in ('chunked', 'pallas'):
+      raise ValueError(
+        f'head_implementation={self.head_implementation!r}, it must be one of '
+        "('chunked', 'pallas')"
       )
     has_indexer = (
       isinstance(self.attention, MlaConfig) and self.attention.indexer

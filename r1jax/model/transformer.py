@@ -320,8 +320,10 @@ def head(params: Any, config: model_config.ModelConfig) -> token.Head:
   V, D = config.vocab_size, config.embed_dim
   if config.tie_embeddings:
     embedding_VD = sharding.gather(params['embedding'], (V, D), _EMBEDDING_AXES)
-    return sharding.share_columns(embedding_VD.T, V)
-  return sharding.share_columns(params['head'], V)
+    shared = sharding.share_columns(embedding_VD.T, V)
+  else:
+    shared = sharding.share_columns(params['head'], V)
+  return dataclasses.replace(shared, implementation=config.head_implementation)
 
 
 def make_cache(

@@ -26,14 +26,9 @@ from r1jax.train import workdir as workdir_lib
 # What a model may have otherwise than the weights that it starts from: how it
 # is computed, and what is added or left out.
 _MAY_DIFFER = (
-  *('dtype', 'remat', 'scan_layers', 'init_std', 'max_length'),
-  *(
-    'precision',
-    'mtp_depth',
-    'attention.indexer',
-    'moe.block',
-    'moe.implementation',
-  ),
+  *('dtype', 'precision', 'remat', 'scan_layers', 'init_std', 'max_length'),
+  *('mtp_depth', 'attention.indexer', 'head_implementation'),
+  *('moe.block', 'moe.implementation'),
 )
 
 
