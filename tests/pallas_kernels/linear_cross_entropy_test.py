@@ -13,8 +13,8 @@ from pallas_kernels.linear_cross_entropy import blocks, ops
 
 _BLOCKS = blocks.BlockSizes(tokens=8, columns=128)
 
-# (tokens, D, V): whole tiles, edges on all sides, one of each.
-SHAPES = ((16, 32, 256), (19, 24, 300), (1, 8, 1), (9, 16, 129))
+# (tokens, D, V): whole tiles, two parts of the width, edges, one of each.
+SHAPES = ((16, 32, 256), (8, 2048, 128), (19, 24, 300), (1, 8, 1), (9, 16, 129))
 
 
 def _inputs(m, D, V, size=1.0):
@@ -120,6 +120,6 @@ def test_what_does_not_fit_is_named():
   with pytest.raises(ValueError, match="implementation='xla'"):
     ops.linear_cross_entropy(x, w, target, implementation='xla')
   with pytest.raises(ValueError, match='columns=100 must be a multiple of 128'):
-    blocks.BlockSizes(columns=100)
+    blocks.BlockSizes(8, 100)
   with pytest.raises(ValueError, match='tokens=4 must be a multiple of 8'):
-    blocks.BlockSizes(tokens=4)
+    blocks.BlockSizes(4, 128)
