@@ -1,0 +1,1 @@
+"""Attention of MLA for training and prefill, as TPU kernels."""
