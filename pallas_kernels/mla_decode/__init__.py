@@ -1,0 +1,1 @@
+"""Attention of one or two new tokens to a paged latent cache (FlashMLA)."""
