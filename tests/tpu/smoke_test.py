@@ -45,6 +45,21 @@ def test_splash_compiles_with_its_gradient_and_without_scores(compile_for_tpu):
   assert report['temp_bytes'] < 4 * H * T * S
 
 
+@pytest.mark.parametrize(
+  ('kernel', 'most_bytes'),
+  [
+    ('linear_cross_entropy', 600 * 4100 * 4),  # Logits.
+    ('mla_attention', 4 * 1024 * 1024 * 4),  # Scores.
+    ('mla_decode', 8 * 2048 * 576 * 2),  # The cache.
+  ],
+)
+def test_our_kernels_compile(compile_for_tpu, kernel, most_bytes):
+  name = f'kernels:{kernel}'
+  report = compile_for_tpu(_TOPOLOGY, [name], timeout=300)[name]
+  assert report['temp_bytes'] < most_bytes
+  assert report['flops'] > 0
+
+
 def _bytes() -> tuple[int, int]:
   """Of the demo's parameters, and of what its optimizer keeps of them."""
   run = programs.demo_run()

@@ -1,0 +1,116 @@
+"""Our kernels at small shapes: what `.ci/run` compiles for one generation."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pallas_kernels.linear_cross_entropy import ops as linear_cross_entropy_ops
+from pallas_kernels.mla_attention import ops as mla_attention_ops
+from pallas_kernels.mla_decode import ops as mla_decode_ops
+
+_struct = jax.ShapeDtypeStruct
+
+
+def lower(
+  devices: Sequence[jax.Device], function: Callable, args: Sequence
+) -> jax.stages.Lowered:
+  """A function of arrays on the first device, of whose kind kernels ask."""
+  mesh = Mesh(np.array(devices[:1]), ('x',))
+  here = NamedSharding(mesh, PartitionSpec())
+  placed = jax.tree.map(
+    lambda x: _struct(x.shape, x.dtype, sharding=here), tuple(args)
+  )
+  with jax.set_mesh(mesh):
+    return jax.jit(function).lower(*placed)
+
+
+def linear_cross_entropy(devices: Sequence[jax.Device]) -> jax.stages.Lowered:
+  """600 tokens and 4,100 columns, which are no whole tiles, with gradients."""
+
+  def run(x_mD, w_DV, target_m, pull_m):
+    (logp_m, entropy_m), vjp = jax.vjp(
+      lambda x, w: linear_cross_entropy_ops.linear_cross_entropy(
+        x, w, target_m, implementation='pallas'
+      ),
+      x_mD,
+      w_DV,
+    )
+    return logp_m, entropy_m, vjp((pull_m, jnp.zeros_like(pull_m)))
+
+  return lower(
+    devices,
+    run,
+    (
+      _struct((600, 256), jnp.bfloat16),
+      _struct((256, 4100), jnp.bfloat16),
+      _struct((600,), jnp.int32),
+      _struct((600,), jnp.float32),
+    ),
+  )
+
+
+def mla_attention(devices: Sequence[jax.Device]) -> jax.stages.Lowered:
+  """Four heads of 1,024 tokens, with its gradients."""
+
+  def run(q_BTHQ, k_BSHN, rope_BSR, v_BSHU, segment_BT, pull_BTHU):
+    out_BTHU, vjp = jax.vjp(
+      lambda *args: mla_attention_ops.mla_attention(
+        *args, segment_BT, segment_BT, scale=192**-0.5, implementation='pallas'
+      ),
+      q_BTHQ,
+      k_BSHN,
+      rope_BSR,
+      v_BSHU,
+    )
+    return out_BTHU, vjp(pull_BTHU)
+
+  B, T, H = 1, 1024, 4
+  heads = lambda width: _struct((B, T, H, width), jnp.bfloat16)
+  return lower(
+    devices,
+    run,
+    (
+      heads(192),
+      heads(128),
+      _struct((B, T, 64), jnp.bfloat16),
+      heads(128),
+      _struct((B, T), jnp.int32),
+      heads(128),
+    ),
+  )
+
+
+def mla_decode(devices: Sequence[jax.Device]) -> jax.stages.Lowered:
+  """Two tokens each of 8 sequences of up to 2,048."""
+  B, T, H, P, pages = 8, 2, 16, 128, 16
+  N = B * pages
+  cache = mla_decode_ops.LatentCache(
+    _struct((N, P, 512), jnp.bfloat16),
+    _struct((N, P // 4, 256), jnp.bfloat16),
+    None,
+  )
+
+  def run(q_BTHC, cache, block_table_Bn, length_B):
+    return mla_decode_ops.mla_decode(
+      q_BTHC,
+      cache,
+      block_table_Bn,
+      length_B,
+      value_dim=512,
+      scale=192**-0.5,
+      implementation='pallas',
+    )
+
+  return lower(
+    devices,
+    run,
+    (
+      _struct((B, T, H, 640), jnp.bfloat16),
+      cache,
+      _struct((B, pages), jnp.int32),
+      _struct((B,), jnp.int32),
+    ),
+  )
