@@ -27,18 +27,15 @@ from typing import Any
 
 from absl import flags
 
-from experiments import app, json_flag, tpu_compiler
+from experiments import app, json_flag, tpu_compiler, tpu_flags
 from r1jax import config
 
 # kernel_schedule.GENERATIONS; that module is not loaded before flags are read.
 TOPOLOGIES = ('v5e', 'v5p', 'v6e', 'tpu7x')
 
-_TOPOLOGY = flags.DEFINE_enum(
-  'topology', None, TOPOLOGIES, 'The generation of the chip.', required=True
-)
 _KERNELS = flags.DEFINE_list('kernels', None, 'Of these ops; default all.')
 flags.adopt_module_key_flags(json_flag)
-_TIMEOUT = flags.DEFINE_float('timeout', 180, 'Seconds for a case.', 1)
+flags.adopt_module_key_flags(tpu_flags)
 _WORKERS = flags.DEFINE_integer(
   'workers', None, 'Compilers at a time; default one per core, 4 at most.', 1
 )
@@ -53,6 +50,7 @@ _MARKS = (
   *('*** SIG', 'Fatal Python error'),
 )
 _MOST_WORKERS = 4
+_TIMEOUT = 180  # Seconds for a case.
 _MOST_REASON = 300  # Characters.
 
 
@@ -60,10 +58,16 @@ def main() -> None:
   tpu_compiler.set_up()
   if importlib.util.find_spec('libtpu') is None:
     raise config.UserError('libtpu is not installed: make setup-tpu does so')
-  generation = _TOPOLOGY.value
+  generation = tpu_flags.TOPOLOGY.value
+  if generation not in TOPOLOGIES:
+    raise config.UserError(
+      f'--topology={generation}: it must be one of {", ".join(TOPOLOGIES)}'
+    )
   kernels = find(generation, _KERNELS.value)
   measure = functools.partial(
-    measure_one, generation=generation, timeout=_TIMEOUT.value
+    measure_one,
+    generation=generation,
+    timeout=tpu_flags.TIMEOUT.value or _TIMEOUT,
   )
   reports = []
   with concurrent.futures.ThreadPoolExecutor(_num_workers()) as pool:

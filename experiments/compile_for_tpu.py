@@ -24,12 +24,9 @@ from typing import Any
 
 from absl import flags
 
-from experiments import app, config_flag, json_flag, tpu_compiler
+from experiments import app, config_flag, json_flag, tpu_compiler, tpu_flags
 from r1jax import config
 
-_TOPOLOGY = flags.DEFINE_string(
-  'topology', None, 'Chips and their torus: v5p:8x8x16.', required=True
-)
 _NUM_SLICES = flags.DEFINE_integer(
   'num_slices', None, 'So many of them; default mesh.num_slices.', 1
 )
@@ -44,7 +41,9 @@ _FIT = flags.DEFINE_integer(
   'fit', None, 'Compile so many placements of the train step, say the best.', 1
 )
 _HLO = flags.DEFINE_string('hlo', None, 'Folder to write the HLO texts to.')
-_TIMEOUT = flags.DEFINE_float('timeout', 3600, 'Seconds for a program.', 1)
+flags.adopt_module_key_flags(tpu_flags)
+
+_TIMEOUT = 3600  # Seconds for a program.
 
 # What the line says that tells why a compile failed, the surest first.
 _MARKS = (
@@ -66,7 +65,9 @@ def main() -> None:
   for job in jobs:
     name = job['program']
     print(f'{name}: compiling for {job["topology"]} …', flush=True)
-    reports[name] = compile_one(job, timeout=_TIMEOUT.value)
+    reports[name] = compile_one(
+      job, timeout=tpu_flags.TIMEOUT.value or _TIMEOUT
+    )
     print(show(reports[name], job['topology']), flush=True)
   _write(reports)
   if any('error' in report for report in reports.values()):
@@ -100,7 +101,9 @@ def fit(job: dict[str, Any]) -> dict[str, dict[str, Any]]:
     )
   for candidate, line in chosen:
     print(f'{line}\n  compiling for {job["topology"]} …', flush=True)
-    report = compile_one(placed(job, candidate), timeout=_TIMEOUT.value)
+    report = compile_one(
+      placed(job, candidate), timeout=tpu_flags.TIMEOUT.value or _TIMEOUT
+    )
     reports[line] = report
     print(show(report, job['topology']), flush=True)
     if 'error' not in report and does_fit(report, job['topology']):
@@ -179,7 +182,7 @@ def make_jobs() -> list[dict[str, Any]]:
   from r1jax.recipe import programs
 
   try:
-    chips.find(_TOPOLOGY.value)
+    chips.find(tpu_flags.TOPOLOGY.value)
   except ValueError as e:
     raise config.UserError(str(e)) from e
   kind = compile_kinds.find(flags.FLAGS.config)
@@ -201,7 +204,7 @@ def make_jobs() -> list[dict[str, Any]]:
       'kind': kind,
       'config': values,
       'model': _load_model(_MODEL.value),
-      'topology': _TOPOLOGY.value,
+      'topology': tpu_flags.TOPOLOGY.value,
       'num_slices': num_slices,
       'program': name,
       'hlo': _HLO.value and str(pathlib.Path(_HLO.value) / f'{name}.txt'),

@@ -77,7 +77,7 @@ def test_the_json_has_all_reports(tmp_path):
 @pytest.mark.parametrize(
   ('flags', 'said'),
   [
-    (['--topology=v4'], '--topology=v4: value should be one of'),
+    (['--topology=v4'], '--topology=v4: it must be one of v5e, '),
     ([], '--topology is required'),
     (['--topology=v6e', '--kernel=a'], 'did you mean --kernels?'),
   ],
