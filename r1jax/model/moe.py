@@ -125,7 +125,7 @@ class Moe(nn.Module):
 
 
 def _run_experts(
-  x_TD, expert_TK, weight_TK, weights, config, *, scaling, is_placed=False
+  x_TD, expert_TK, weight_TK, weights, config, *, scaling=None, is_placed=False
 ):
   """The routed part on one device: its tokens, or what its experts are sent.
 
