@@ -19,7 +19,6 @@ import importlib.util
 import json
 import os
 import pathlib
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -44,11 +43,6 @@ _ROOT = pathlib.Path(__file__).resolve().parents[1]
 _CACHE = _ROOT / '.cache' / 'tpu'
 # What a report depends on besides the kernel's own sources.
 _READER = ('kernel_schedule.py', 'kernel_worker.py')
-# What the line says that tells why a compile failed, the surest first.
-_MARKS = (
-  *('RESOURCE_EXHAUSTED', 'LLVM ERROR', 'Check failed', 'Error:'),
-  *('*** SIG', 'Fatal Python error'),
-)
 _MOST_WORKERS = 4
 _TIMEOUT = 180  # Seconds for a case.
 _MOST_REASON = 300  # Characters.
@@ -123,11 +117,6 @@ def compile_one(
   kernel: Any, generation: str, *, timeout: float
 ) -> tuple[dict[str, Any], bool]:
   """Runs kernel_worker: (its report or {'error'}, whether to keep that)."""
-  paths = [str(_ROOT), os.environ.get('PYTHONPATH', '')]
-  environment = {
-    **os.environ,
-    'PYTHONPATH': os.pathsep.join(filter(None, paths)),
-  }
   with tempfile.TemporaryDirectory(prefix='kernel-') as dump:
     job = {
       'generation': generation,
@@ -135,31 +124,18 @@ def compile_one(
       'key': kernel.key,
       'dump': dump,
     }
-    try:
-      result = subprocess.run(
-        [sys.executable, '-m', 'experiments.kernel_worker'],
-        input=json.dumps(job),
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-      )
-    except subprocess.TimeoutExpired:
-      return {'error': f'not compiled in {timeout:g} s'}, False
-  lines = result.stdout.splitlines()
-  if result.returncode or not lines:
-    code, reason = result.returncode, _reason(result.stderr)
+    run = tpu_compiler.run(
+      ['-m', 'experiments.kernel_worker'],
+      given=json.dumps(job),
+      timeout=timeout,
+    )
+  if run.code is None:
+    return {'error': f'not compiled in {timeout:g} s'}, False
+  if run.code or not run.lines:
+    error = f'return code {run.code}: {run.reason[:_MOST_REASON]}'
     # A process that was killed says nothing about the kernel.
-    return {'error': f'return code {code}: {reason}'}, code not in (-9, -15)
-  return json.loads(lines[-1]), True
-
-
-def _reason(stderr: str) -> str:
-  """The line that says why, as far as one can tell."""
-  lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-  marked = (line for mark in _MARKS for line in lines if mark in line)
-  last = lines[-1] if lines else 'nothing said'
-  return next(marked, last)[:_MOST_REASON]
+    return {'error': error}, run.code not in (-9, -15)
+  return json.loads(run.lines[-1]), True
 
 
 def _digest(kernel: Any, generation: str) -> str:

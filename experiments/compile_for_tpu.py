@@ -15,9 +15,7 @@ flags of the fastest that fits printed.
 import copy
 import importlib.util
 import json
-import os
 import pathlib
-import subprocess
 import sys
 import time
 from typing import Any
@@ -45,11 +43,6 @@ flags.adopt_module_key_flags(tpu_flags)
 
 _TIMEOUT = 3600  # Seconds for a program.
 
-# What the line says that tells why a compile failed, the surest first.
-_MARKS = (
-  *('RESOURCE_EXHAUSTED', 'LLVM ERROR', 'Check failed', 'Error:'),
-  *('*** SIG', 'Fatal Python error'),
-)
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
@@ -223,43 +216,23 @@ def compile_one(job: dict[str, Any], *, timeout: float) -> dict[str, Any]:
   Raises:
     UserError: The job is impossible.
   """
-  paths = [str(_ROOT), os.environ.get('PYTHONPATH', '')]
-  environment = {
-    **os.environ,
-    'PYTHONPATH': os.pathsep.join(filter(None, paths)),
-  }
   start = time.monotonic()
-  try:
-    result = subprocess.run(
-      [sys.executable, '-m', 'experiments.compile_worker'],
-      input=json.dumps(job),
-      env=environment,
-      capture_output=True,
-      text=True,
-      timeout=timeout,
-    )
-  except subprocess.TimeoutExpired:
+  run = tpu_compiler.run(
+    ['-m', 'experiments.compile_worker'],
+    given=json.dumps(job),
+    timeout=timeout,
+  )
+  if run.code is None:
     return {'error': f'not compiled in {timeout:g} s', 'returncode': None}
-  lines = result.stdout.splitlines()
-  if result.returncode == 2 and lines:
-    raise config.UserError(json.loads(lines[-1])['mistake'])
-  if result.returncode or not lines:
+  if run.code == 2 and run.lines:
+    raise config.UserError(json.loads(run.lines[-1])['mistake'])
+  if run.code or not run.lines:
     seconds = time.monotonic() - start
     return {
-      'error': f'{_reason(result.stderr)} (after {seconds:.0f} s)',
-      'returncode': result.returncode,
+      'error': f'{run.reason} (after {seconds:.0f} s)',
+      'returncode': run.code,
     }
-  return json.loads(lines[-1])
-
-
-def _reason(stderr: str) -> str:
-  """The line that says why, as far as one can tell."""
-  lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-  for mark in _MARKS:
-    for line in lines:
-      if mark in line:
-        return line
-  return lines[-1] if lines else 'the process said nothing'
+  return json.loads(run.lines[-1])
 
 
 def show(report: dict[str, Any], topology: str) -> str:

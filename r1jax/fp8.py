@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels.linear_fp8 import ops as linear_fp8_ops
 from pallas_kernels.quantize_fp8 import ops as quantize_fp8_ops
 
-E4M3 = jnp.float8_e4m3fn
+E4M3 = quantize_fp8_ops.E4M3
 TILE = quantize_fp8_ops.SIZE
 
 # How linears and experts multiply: in the compute type, or from FP8 operands
@@ -44,8 +44,12 @@ def dequantize_tiles(
   q: jax.Array, scale: jax.Array, dtype: jnp.dtype
 ) -> jax.Array:
   """q · scale in float32, then in `dtype`."""
-  wide = jnp.repeat(scale, TILE, axis=-1)[..., : q.shape[-1]]
-  return (q.astype(jnp.float32) * wide).astype(dtype)
+  tiles = quantize_fp8_ops.Quantized(
+    q.reshape(-1, q.shape[-1]),
+    scale.reshape(-1, scale.shape[-1]),
+    quantize_fp8_ops.ROWS,
+  )
+  return tiles.dequantized().reshape(q.shape).astype(dtype)
 
 
 def scaling(precision: str) -> str | None:
@@ -84,14 +88,8 @@ def einsum(
   """
   if scaling(precision) is None:
     return jnp.einsum(formula, x, w)
-  names, out = formula.split('->')
-  of_x, of_w = names.split(',')
-  summed = [a for a in of_x if a in of_w]
-  kept = [a for a in of_w if a not in of_x]
-  first = len(of_x) - len(summed)
-  if [*of_x[first:]] != summed or [*out] != [*of_x[:first], *kept]:
-    raise ValueError(f'{formula} is no linear: see the docstring')
-  w = w.transpose([of_w.index(a) for a in summed + kept])
+  first, order = _parse(formula)
+  w = w.transpose(order)
   inner = math.prod(x.shape[first:])
   y_mn = linear_fp8_ops.linear(
     x.reshape(-1, inner),
@@ -99,10 +97,12 @@ def einsum(
     scaling=scaling(precision),
     power_of_two=power_of_two,
   )
-  return y_mn.reshape(*x.shape[:first], *w.shape[len(summed) :])
+  return y_mn.reshape(*x.shape[:first], *w.shape[x.ndim - first :])
 
 
-def rounded(formula: str, w: jax.Array, dtype: jnp.dtype, precision: str):
+def rounded(
+  formula: str, w: jax.Array, dtype: jnp.dtype, precision: str
+) -> jax.Array:
   """A weight as `einsum` multiplies it, where it is applied in another order.
 
   Args:
@@ -113,12 +113,22 @@ def rounded(formula: str, w: jax.Array, dtype: jnp.dtype, precision: str):
   """
   if scaling(precision) is None:
     return w
-  of_x, of_w = formula.split('->')[0].split(',')
-  summed = [i for i, a in enumerate(of_w) if a in of_x]
-  kept = [i for i, a in enumerate(of_w) if a not in of_x]
-  order = summed + kept
+  first, order = _parse(formula)
   moved = w.transpose(order)
-  inner = math.prod(moved.shape[: len(summed)])
+  num_summed = formula.index(',') - first
+  inner = math.prod(moved.shape[:num_summed])
   flat = linear_fp8_ops.rounded(moved.reshape(inner, -1), scaling(precision))
   back = sorted(range(len(order)), key=order.__getitem__)
   return flat.reshape(moved.shape).transpose(back).astype(dtype)
+
+
+def _parse(formula: str) -> tuple[int, list[int]]:
+  """Where the summed axes of x begin, and the weight's axes, those first."""
+  names, out = formula.split('->')
+  of_x, of_w = names.split(',')
+  summed = [a for a in of_x if a in of_w]
+  kept = [a for a in of_w if a not in of_x]
+  first = len(of_x) - len(summed)
+  if [*of_x[first:]] != summed or [*out] != [*of_x[:first], *kept]:
+    raise ValueError(f'{formula} is no linear: see `einsum`')
+  return first, [of_w.index(a) for a in summed + kept]

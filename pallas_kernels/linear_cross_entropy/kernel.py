@@ -72,117 +72,69 @@ def _forward_kernel(
   top_ref[...] = top_b1
 
 
-def _pull(x_ref, w_ref, target_ref, lse_ref, grad_ref, scale, first, size):
-  """The gradient of the scores, [b, c]: g · (1[v = y] - p_v), scaled."""
-  z_bc, column_bc = _scores(x_ref, w_ref, scale, first, size)
-  p_bc = jnp.exp(z_bc - lse_ref[...])
+def _gradient_kernel(
+  x_ref,
+  w_ref,
+  target_ref,
+  lse_ref,
+  grad_ref,
+  out_ref,
+  acc_ref,
+  *,
+  of_head,
+  scale,
+  columns,
+  num_columns,
+):
+  """The gradient of a tile of tokens, or of one of the head's columns.
+
+  The other tiles are innermost. out_ref and acc_ref, which is float32, are
+  [b, D] or [D, c].
+  """
+  step = pl.program_id(1)
+
+  @pl.when(step == 0)
+  def _zero():
+    acc_ref[...] = jnp.zeros_like(acc_ref)
+
+  z_bc, column_bc = _scores(
+    x_ref,
+    w_ref,
+    scale,
+    (pl.program_id(0) if of_head else step) * columns,
+    num_columns,
+  )
+  # g · (1[v = y] - p_v), scaled as the scores are.
   hit_bc = (column_bc == target_ref[...]).astype(jnp.float32)
-  return (scale * grad_ref[...]) * (hit_bc - p_bc)
+  pull_bc = (scale * grad_ref[...]) * (hit_bc - jnp.exp(z_bc - lse_ref[...]))
+  pull_bc = pull_bc.astype(x_ref.dtype)
 
+  def add(part):
+    if of_head:
+      at, operands, axes = (
+        (part, slice(None)),
+        (x_ref[:, part], pull_bc),
+        (0, 0),
+      )
+    else:
+      at, operands, axes = (
+        (slice(None), part),
+        (pull_bc, w_ref[part, :]),
+        (1, 1),
+      )
+    acc_ref[at] += jax.lax.dot_general(
+      *operands,
+      (((axes[0],), (axes[1],)), ((), ())),
+      preferred_element_type=jnp.float32,
+    )
 
-def _in_parts(add, width):
-  """Runs a product part by part of the width: a seventh of the code."""
+  # Part by part of the width: a seventh of the code.
+  width = w_ref.shape[0]
   size = _PART if width % _PART == 0 else width
 
   @pl.loop(0, width // size)
   def _(i):
     add(pl.ds(pl.multiple_of(i * size, size), size))
-
-
-def _hidden_kernel(
-  x_ref,
-  w_ref,
-  target_ref,
-  lse_ref,
-  grad_ref,
-  out_ref,
-  acc_ref,
-  *,
-  scale,
-  columns,
-  num_columns,
-):
-  """The gradient of a tile of tokens; columns are innermost.
-
-  out_ref [b, D]; acc_ref [b, D] float32.
-  """
-  step = pl.program_id(1)
-
-  @pl.when(step == 0)
-  def _zero():
-    acc_ref[...] = jnp.zeros_like(acc_ref)
-
-  pull_bc = _pull(
-    x_ref,
-    w_ref,
-    target_ref,
-    lse_ref,
-    grad_ref,
-    scale,
-    step * columns,
-    num_columns,
-  )
-  pull_bc = pull_bc.astype(w_ref.dtype)
-
-  def add(part):
-    acc_ref[:, part] += jax.lax.dot_general(
-      pull_bc,
-      w_ref[part, :],
-      (((1,), (1,)), ((), ())),
-      preferred_element_type=jnp.float32,
-    )
-
-  _in_parts(add, w_ref.shape[0])
-
-  @pl.when(step == pl.num_programs(1) - 1)
-  def _store():
-    out_ref[...] = acc_ref[...].astype(out_ref.dtype)
-
-
-def _head_kernel(
-  x_ref,
-  w_ref,
-  target_ref,
-  lse_ref,
-  grad_ref,
-  out_ref,
-  acc_ref,
-  *,
-  scale,
-  columns,
-  num_columns,
-):
-  """The gradient of a tile of columns; tokens are innermost.
-
-  out_ref [D, c]; acc_ref [D, c] float32.
-  """
-  step = pl.program_id(1)
-
-  @pl.when(step == 0)
-  def _zero():
-    acc_ref[...] = jnp.zeros_like(acc_ref)
-
-  pull_bc = _pull(
-    x_ref,
-    w_ref,
-    target_ref,
-    lse_ref,
-    grad_ref,
-    scale,
-    pl.program_id(0) * columns,
-    num_columns,
-  )
-  pull_bc = pull_bc.astype(x_ref.dtype)
-
-  def add(part):
-    acc_ref[part, :] += jax.lax.dot_general(
-      x_ref[:, part],
-      pull_bc,
-      (((0,), (0,)), ((), ())),
-      preferred_element_type=jnp.float32,
-    )
-
-  _in_parts(add, x_ref.shape[1])
 
   @pl.when(step == pl.num_programs(1) - 1)
   def _store():
@@ -244,17 +196,19 @@ def backward(
   """Gradients of x and w, in their dtypes."""
   (m, D), V = x_mD.shape, w_DV.shape[1]
   b, c = blocks.tokens, blocks.columns
-  options = {
-    'scale': 1 / temperature,
-    'columns': c,
-    'num_columns': num_columns,
-  }
-  args = x_mD, w_DV, target_m1, lse_m1, grad_m1
 
-  def run(kernel, name, grid, row, column, out, acc, passes):
-    rows = pl.BlockSpec((b, 1), lambda i, j: (row(i, j), 0))
+  def gradient(of_head):
+    if of_head:
+      out, acc, grid = w_DV, (D, c), (V // c, m // b)
+      row, column = (lambda i, j: j), (lambda i, j: i)
+      passing, passes = x_mD, V // c
+    else:
+      out, acc, grid = x_mD, (b, D), (m // b, V // c)
+      row, column = (lambda i, j: i), (lambda i, j: j)
+      passing, passes = w_DV, m // b
     # What stays while the other tiles pass needs no second buffer.
-    mode_x, mode_w = (_ONE, None) if out is x_mD else (None, _ONE)
+    mode_x, mode_w = (None, _ONE) if of_head else (_ONE, None)
+    rows = pl.BlockSpec((b, 1), lambda i, j: (row(i, j), 0))
     tile_x = pl.BlockSpec(
       (b, D), lambda i, j: (row(i, j), 0), pipeline_mode=mode_x
     )
@@ -262,44 +216,29 @@ def backward(
       (D, c), lambda i, j: (0, column(i, j)), pipeline_mode=mode_w
     )
     return pl.pallas_call(
-      functools.partial(kernel, **options),
+      functools.partial(
+        _gradient_kernel,
+        of_head=of_head,
+        scale=1 / temperature,
+        columns=c,
+        num_columns=num_columns,
+      ),
       grid=grid,
       in_specs=[tile_x, tile_w, rows, rows, rows],
-      out_specs=tile_x if out is x_mD else tile_w,
+      out_specs=tile_w if of_head else tile_x,
       out_shape=jax.ShapeDtypeStruct(out.shape, out.dtype),
       scratch_shapes=[pltpu.VMEM(acc, jnp.float32)],
       compiler_params=_params(),
       cost_estimate=pl.CostEstimate(
         flops=4 * m * D * V,
-        bytes_accessed=x_mD.nbytes + w_DV.nbytes + out.nbytes + passes,
+        bytes_accessed=2 * out.nbytes + passes * passing.nbytes,
         transcendentals=m * V,
       ),
-      name=name,
+      name=f'linear_cross_entropy_{"head" if of_head else "hidden"}',
       interpret=interpret,
-    )(*args)
+    )(x_mD, w_DV, target_m1, lse_m1, grad_m1)
 
-  first, second = (lambda i, j: i), (lambda i, j: j)
-  grad_x = run(
-    _hidden_kernel,
-    'linear_cross_entropy_hidden',
-    (m // b, V // c),
-    first,
-    second,
-    x_mD,
-    (b, D),
-    (m // b - 1) * w_DV.nbytes,
-  )
-  grad_w = run(
-    _head_kernel,
-    'linear_cross_entropy_head',
-    (V // c, m // b),
-    second,
-    first,
-    w_DV,
-    (D, c),
-    (V // c - 1) * x_mD.nbytes,
-  )
-  return grad_x, grad_w
+  return gradient(of_head=False), gradient(of_head=True)
 
 
 def _params():

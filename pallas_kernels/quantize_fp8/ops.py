@@ -6,6 +6,7 @@ from pallas_kernels.quantize_fp8 import reference
 from pallas_kernels.quantize_fp8.reference import (
   BLOCKS,
   COLUMNS,
+  E4M3,
   LARGEST,
   ROWS,
   SIZE,
@@ -17,6 +18,7 @@ from pallas_kernels.quantize_fp8.reference import (
 __all__ = (
   'BLOCKS',
   'COLUMNS',
+  'E4M3',
   'LARGEST',
   'ROWS',
   'SIZE',

@@ -7,11 +7,9 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import os
 import pathlib
-import re
-import subprocess
-import sys
+
+from experiments import tpu_compiler
 
 _FOLDER = pathlib.Path(__file__).parent
 _ROOT = _FOLDER.parents[1]
@@ -42,32 +40,26 @@ class Run:
   Attributes:
     reports: By name, of the programs that were compiled.
     code: Its exit status, or a sentence.
-    stderr: What it said.
+    worker: What else is known of it.
   """
 
   reports: dict[str, dict]
   code: int | str
-  stderr: str
+  worker: tpu_compiler.Run
+
+  @property
+  def why(self) -> str:
+    return f'return code {self.code}: {self.worker.reason[:300]}'
 
 
 def run_worker(topology: str, names: list[str], *, timeout: float) -> Run:
   """Compiles programs in turn; the first one missing is to blame."""
-  command = [sys.executable, str(_FOLDER / 'worker.py'), topology, *names]
-  paths = [str(_ROOT), os.environ.get('PYTHONPATH', '')]
-  environment = {
-    **os.environ,
-    'PYTHONPATH': os.pathsep.join(filter(None, paths)),
-  }
-  try:
-    result = subprocess.run(
-      command, env=environment, capture_output=True, text=True, timeout=timeout
-    )
-    out, err, code = result.stdout, result.stderr, result.returncode
-  except subprocess.TimeoutExpired as e:
-    out, err = ((s or b'').decode() for s in (e.stdout, e.stderr))
-    code = f'none after {timeout} s'
-  reports = [json.loads(line) for line in out.splitlines()]
-  return Run({r['program']: r for r in reports}, code, err)
+  run = tpu_compiler.run(
+    [str(_FOLDER / 'worker.py'), topology, *names], timeout=timeout
+  )
+  reports = [json.loads(line) for line in run.lines]
+  code = f'none after {timeout} s' if run.code is None else run.code
+  return Run({r['program']: r for r in reports}, code, run)
 
 
 def compile_each(topology: str, names: list[str]) -> dict[str, dict]:
@@ -84,20 +76,13 @@ def compile_each(topology: str, names: list[str]) -> dict[str, dict]:
     run = run_worker(topology, targets, timeout=_TIMEOUT)
     for name, target in zip(left, targets, strict=True):
       if target not in run.reports:
-        found[name] = {'error': _why(run)}
+        found[name] = {'error': run.why}
         _write(topology, name, found[name])
         break
       found[name] = run.reports[target]
       _write(topology, name, found[name])
     left = [name for name in names if found[name] is None]
   return found
-
-
-def _why(run: Run) -> str:
-  marks = r'RESOURCE_EXHAUSTED|LLVM ERROR|Check failed|Error:'
-  lines = [line for line in run.stderr.splitlines() if re.search(marks, line)]
-  said = lines[0].strip()[:300] if lines else 'nothing said'
-  return f'return code {run.code}: {said}'
 
 
 def _path(topology: str, name: str) -> pathlib.Path:

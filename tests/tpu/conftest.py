@@ -31,7 +31,7 @@ def _compile(
   if missing or run.code:
     pytest.fail(
       f'{topology}: {missing[0] if missing else "exit"} failed, '
-      f'return code {run.code}:\n{run.stderr[-3000:]}',
+      f'return code {run.code}:\n{run.worker.stderr[-3000:]}',
       pytrace=False,
     )
   return run.reports
