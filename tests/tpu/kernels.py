@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from pallas_kernels.grouped_matmul import ops as grouped_matmul_ops
 from pallas_kernels.linear_cross_entropy import ops as linear_cross_entropy_ops
 from pallas_kernels.mla_attention import ops as mla_attention_ops
 from pallas_kernels.mla_decode import ops as mla_decode_ops
@@ -112,5 +113,30 @@ def mla_decode(devices: Sequence[jax.Device]) -> jax.stages.Lowered:
       cache,
       _struct((B, pages), jnp.int32),
       _struct((B,), jnp.int32),
+    ),
+  )
+
+
+def grouped_matmul(devices: Sequence[jax.Device]) -> jax.stages.Lowered:
+  """1,000 rows of four groups of any sizes, with both gradients."""
+
+  def run(x_mk, w_gkn, size_g, pull_mn):
+    out_mn, vjp = jax.vjp(
+      lambda x, w: grouped_matmul_ops.grouped_matmul(
+        x, w, size_g, block=1, implementation='pallas'
+      ),
+      x_mk,
+      w_gkn,
+    )
+    return out_mn, vjp(pull_mn)
+
+  return lower(
+    devices,
+    run,
+    (
+      _struct((1000, 256), jnp.bfloat16),
+      _struct((4, 256, 512), jnp.bfloat16),
+      _struct((4,), jnp.int32),
+      _struct((1000, 512), jnp.bfloat16),
     ),
   )

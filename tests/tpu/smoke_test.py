@@ -48,6 +48,7 @@ def test_splash_compiles_with_its_gradient_and_without_scores(compile_for_tpu):
 @pytest.mark.parametrize(
   ('kernel', 'most_bytes'),
   [
+    ('grouped_matmul', 1000 * 4 * 512 * 4),  # All rows by all weights.
     ('linear_cross_entropy', 600 * 4100 * 4),  # Logits.
     ('mla_attention', 4 * 1024 * 1024 * 4),  # Scores.
     ('mla_decode', 8 * 2048 * 576 * 2),  # The cache.
