@@ -63,6 +63,8 @@ def main() -> None:
     generation=generation,
     timeout=tpu_flags.TIMEOUT.value or _TIMEOUT,
   )
+  for kernel in kernels:  # Python 3.11 fails where two threads parse at once.
+    _sources_of(kernel)
   reports = []
   with concurrent.futures.ThreadPoolExecutor(_num_workers()) as pool:
     for report in pool.map(measure, kernels):
@@ -145,9 +147,13 @@ def _digest(kernel: Any, generation: str) -> str:
     digest.update(importlib.metadata.version(package).encode())
   sources = [_ROOT / 'experiments' / name for name in _READER]
   sources.append(_ROOT / 'r1jax' / 'parallel' / 'chips.py')
-  for path in [*sources, *own_sources(pathlib.Path(kernel.module.__file__))]:
+  for path in [*sources, *_sources_of(kernel)]:
     digest.update(path.read_bytes())
   return f'kernel-{digest.hexdigest()[:32]}'
+
+
+def _sources_of(kernel: Any) -> list[pathlib.Path]:
+  return own_sources(pathlib.Path(kernel.module.__file__))
 
 
 @functools.cache
