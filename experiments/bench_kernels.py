@@ -50,13 +50,13 @@ _MOST_REASON = 300  # Characters.
 
 def main() -> None:
   tpu_compiler.set_up()
-  if importlib.util.find_spec('libtpu') is None:
-    raise config.UserError('libtpu is not installed: make setup-tpu does so')
   generation = tpu_flags.TOPOLOGY.value
   if generation not in TOPOLOGIES:
     raise config.UserError(
       f'--topology={generation}: it must be one of {", ".join(TOPOLOGIES)}'
     )
+  if importlib.util.find_spec('libtpu') is None:
+    raise config.UserError('libtpu is not installed: make setup-tpu does so')
   kernels = find(generation, _KERNELS.value)
   measure = functools.partial(
     measure_one,
