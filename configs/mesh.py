@@ -32,7 +32,7 @@ def get_exchange(**changes: str | float) -> ml_collections.ConfigDict:
   """How tokens travel where experts are on several devices."""
   config = ml_collections.ConfigDict(
     {
-      'kind': 'padded',  # TPU: 'ragged'.
+      'kind': 'padded',  # TPU: 'ragged', 'dma'.
       'receive_factor': 'worst',  # Pods: 2.0.
       'on_overflow': 'stop',
       'fp8': False,

@@ -22,8 +22,9 @@ from configs.model import deepseek_v3_671b
 def get_config() -> ml_collections.ConfigDict:
   config = pretrain.get_config()
   config.model = deepseek_v3_671b.get_config()
-  config.model.attention_implementation = 'splash'
-  config.model.moe.update(implementation='megablox', block=512)
+  config.model.attention_implementation = 'pallas'
+  config.model.head_implementation = 'pallas'
+  config.model.moe.update(implementation='pallas', block=16)
   config.model.moe.exchange = {
     'kind': 'ragged',
     'receive_factor': 2.0,  # Times the mean; ours.

@@ -57,20 +57,12 @@ def main() -> None:
     )
   if importlib.util.find_spec('libtpu') is None:
     raise config.UserError('libtpu is not installed: make setup-tpu does so')
-  kernels = find(generation, _KERNELS.value)
-  measure = functools.partial(
-    measure_one,
-    generation=generation,
+  reports = measure(
+    find(generation, _KERNELS.value),
+    generation,
     timeout=tpu_flags.TIMEOUT.value or _TIMEOUT,
+    num_workers=_WORKERS.value,
   )
-  for kernel in kernels:  # Python 3.11 fails where two threads parse at once.
-    _sources_of(kernel)
-  reports = []
-  with concurrent.futures.ThreadPoolExecutor(_num_workers()) as pool:
-    for report in pool.map(measure, kernels):
-      reports.append(report)
-      done = f'{len(reports)} of {len(kernels)}'
-      print(f'{done}: {" ".join(_names(report))}', file=sys.stderr, flush=True)
   print('\n'.join(table(reports)))
   if json_flag.FILE.value:
     write(pathlib.Path(json_flag.FILE.value), generation, reports)
@@ -98,6 +90,34 @@ def find(generation: str, ops: Sequence[str] | None) -> list[Any]:
     if op not in known:
       raise config.UserError(f'kernel {op!r}: there are {", ".join(known)}')
   return [kernel for kernel in kernels if kernel.case.kernel in (ops or known)]
+
+
+def measure(
+  kernels: Sequence[Any],
+  generation: str,
+  *,
+  timeout: float,
+  num_workers: int | None = None,
+) -> list[dict[str, Any]]:
+  """The report of each kernel, in their order; says on stderr how far it is.
+
+  Args:
+    kernels: Of `find`.
+    generation: One of TOPOLOGIES.
+    timeout: Seconds for a kernel.
+    num_workers: Compilers at a time; by default one for each core, 4 at most.
+  """
+  one = functools.partial(measure_one, generation=generation, timeout=timeout)
+  for kernel in kernels:  # Python 3.11 fails where two threads parse at once.
+    _sources_of(kernel)
+  num_workers = num_workers or min(_MOST_WORKERS, len(os.sched_getaffinity(0)))
+  reports = []
+  with concurrent.futures.ThreadPoolExecutor(num_workers) as pool:
+    for report in pool.map(one, kernels):
+      reports.append(report)
+      done = f'{len(reports)} of {len(kernels)}'
+      print(f'{done}: {" ".join(_names(report))}', file=sys.stderr, flush=True)
+  return reports
 
 
 def measure_one(
@@ -181,12 +201,6 @@ def _imported(file: pathlib.Path) -> Iterable[pathlib.Path]:
     for name in names:
       if name.split('.')[0] == 'pallas_kernels':
         yield (_ROOT / name.replace('.', '/')).with_suffix('.py')
-
-
-def _num_workers() -> int:
-  if _WORKERS.value:
-    return _WORKERS.value
-  return min(_MOST_WORKERS, len(os.sched_getaffinity(0)))
 
 
 _HEADERS = (

@@ -57,6 +57,9 @@ def get_config() -> ml_collections.ConfigDict:
       'init_std': 0.006,
       'max_length': 163840,  # tokens
       'dtype': 'bfloat16',
+      'attention_implementation': 'naive',  # These are chosen for the devices
+      'decode_implementation': 'xla',  # of a run, see configs/pretrain_671b.py.
+      'head_implementation': 'chunked',
       'remat': True,
       'scan_layers': True,
     }

@@ -32,7 +32,7 @@ def get_config(width: str = 'demo') -> ml_collections.ConfigDict:
         'expert_dim': 48,
         'num_shared': 1,
         'scale': 2.5,  # As V3.
-        'implementation': 'xla',  # 'grouped' on an accelerator.
+        'implementation': 'xla',  # 'pallas' on a TPU, 'grouped' on a GPU.
         'block': 32,  # Rows.
         'exchange': mesh.get_exchange(),
       },
@@ -41,6 +41,9 @@ def get_config(width: str = 'demo') -> ml_collections.ConfigDict:
       'max_length': 256,
       'dtype': 'float32',
       'precision': 'dtype',
+      'attention_implementation': 'naive',  # 'pallas' on a TPU, also these.
+      'decode_implementation': 'xla',
+      'head_implementation': 'chunked',
       'remat': False,
       'scan_layers': True,
     }

@@ -5,7 +5,7 @@ import jax
 from pallas_kernels.quantize_fp8 import ops as quantize_fp8_ops
 from pallas_kernels.routed_swiglu import grouped, reference, xla
 
-IMPLEMENTATIONS = ('xla', 'grouped', 'megablox', 'reference')
+IMPLEMENTATIONS = ('xla', 'grouped', 'pallas', 'megablox', 'reference')
 
 
 def routed_swiglu(
@@ -38,9 +38,10 @@ def routed_swiglu(
     down_EFD: [E, F, D].
     block: Rows that are worked off together; cost only.
     implementation: 'xla' (for a CPU), 'grouped' (contiguous layout through
-      grouped_matmul in XLA, for small models on accelerators), 'megablox'
-      (the same through its kernel for TPUs; 512 rows a block to be bound by
-      arithmetic) or 'reference'.
+      grouped_matmul in XLA, for small models on accelerators), 'pallas' and
+      'megablox' (the same through our kernel for TPUs, for blocks of a few
+      rows, or JAX's, 512 rows a block to be bound by arithmetic) or
+      'reference'.
     scaling: For products of FP8 operands, see linear_fp8; needs 'grouped' and
       whole 128 rows a block.
     mean_choices: How many choices below E to expect; cost only. T · K if None.
@@ -86,12 +87,12 @@ def routed_swiglu(
         interpret=False,
         scaling=scaling,
       )
-    case 'megablox':
+    case 'pallas' | 'megablox':
       return grouped.routed_swiglu(
         *args,
         block=block,
         max_choices=max_choices,
-        matmul='megablox',
+        matmul=implementation,
         interpret=interpret,
         scaling=None,
       )

@@ -41,8 +41,8 @@ class Mode:
     decode: Attend to everything in the cache, else to this call's tokens.
     indexer_loss: Return what sparse attention's indexers have to learn.
     split_length: Each device of `context` has a part of every row.
-    implementation: Of attention to this call's tokens, as the model's config
-      has it.
+    implementation: Of attention, to this call's tokens or to the cache, as the
+      model's config has it.
   """
 
   decode: bool = False
@@ -53,7 +53,11 @@ class Mode:
   @property
   def needs_mask(self) -> bool:
     """Whether attention holds all scores."""
-    return self.decode or self.implementation == 'naive'
+    return self.implementation in ('naive', 'xla')
+
+  def first_query(self, num_queries: int) -> int | jax.Array:
+    """The slot of this device's first of so many queries."""
+    return sharding.first_of_length(num_queries) if self.split_length else 0
 
   def all_keys(self, x_BT: jax.Array) -> jax.Array:
     """What queries attend to, [B, S, …], of this device's tokens."""
@@ -85,16 +89,13 @@ def flash(
 
   It is causal by slot: each row's documents stand in one piece and in order.
   """
-  first = 0
-  if mode.split_length:
-    first = sharding.first_of_length(q_BTHQ.shape[1])
   return flash_attention_ops.flash_attention(
     q_BTHQ,
     k_BSGQ,
     v_BSGU,
     context.segment_BT,
     context.segment_BS,
-    first,
+    mode.first_query(q_BTHQ.shape[1]),
     scale=scale,
     implementation=mode.implementation,
   )

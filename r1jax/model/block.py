@@ -37,9 +37,9 @@ class Block(nn.Module):
     self,
     x_BTD: jax.Array,
     context: attention.Context,
-    cache: cache_lib.Cache | None,
+    cache: cache_lib.Base | None,
     layer: int | jax.Array,
-  ) -> tuple[jax.Array, cache_lib.Cache | None, BlockMetrics]:
+  ) -> tuple[jax.Array, cache_lib.Base | None, BlockMetrics]:
     c = self.config
     dtype = jnp.dtype(c.dtype)
     norm = lambda name: layers.RmsNorm(c.norm_eps, dtype, name=name)

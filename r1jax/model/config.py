@@ -5,6 +5,7 @@ import functools
 import math
 from typing import Literal
 
+from pallas_kernels.mla_decode import ops as mla_decode_ops
 from pallas_kernels.routed_swiglu import ops as routed_swiglu_ops
 from r1jax import config as config_lib
 from r1jax import fp8
@@ -251,7 +252,8 @@ class ExchangeConfig:
   """How tokens travel between devices that hold different experts.
 
   Attributes:
-    kind: 'padded' (everywhere) or 'ragged' (TPU).
+    kind: 'padded' (everywhere), 'ragged' (TPU: XLA's own) or 'dma' (TPU: a
+      kernel, beside which no products run).
     receive_factor: What a device has room for: 'worst' for any skew, or so
       many times what arrives when all get the same.
     on_overflow: What happens beyond it: 'stop' the run, or 'drop' tokens.
@@ -261,7 +263,7 @@ class ExchangeConfig:
       all. Of fewer, fewer rows are held, see `moe._in_parts`.
   """
 
-  kind: Literal['padded', 'ragged'] = 'padded'
+  kind: Literal['padded', 'ragged', 'dma'] = 'padded'
   receive_factor: str | float = 'worst'
   on_overflow: Literal['stop', 'drop'] = 'stop'
   fp8: bool = False
@@ -279,7 +281,7 @@ class ExchangeConfig:
       object.__setattr__(self, 'receive_factor', factor)
       config_lib.check_positive(self, 'receive_factor')
     for name, valid in (
-      ('kind', ('padded', 'ragged')),
+      ('kind', ('padded', 'ragged', 'dma')),
       ('on_overflow', ('stop', 'drop')),
     ):
       value = getattr(self, name)
@@ -312,7 +314,8 @@ class MoeConfig:
     has_bias: The choice has a bias that evens out the load (V3).
     block: Rows of one expert that are worked off together.
     implementation: Of pallas_kernels.routed_swiglu: 'xla' on a CPU, 'grouped'
-      on an accelerator, 'megablox' for large models on TPUs.
+      on an accelerator; for large models on TPUs 'pallas', our kernel, or
+      'megablox', JAX's.
     exchange: With experts on several devices.
   """
 
@@ -386,8 +389,10 @@ class ModelConfig:
     dense_dim: Width of that SwiGLU; anything where there is none.
     attention: Attention of every block.
     attention_implementation: In training and prefill: 'naive' holds all scores,
-      'chunked' some at a time, for any device, and 'splash' is a kernel for
-      TPUs, for rows of whole 128 tokens.
+      'chunked' some at a time, for any device; 'splash' is JAX's kernel for
+      TPUs, for rows of whole 128 tokens, 'pallas' ours for MLA.
+    decode_implementation: Of attention to a cache: 'xla', for any device, or
+      'pallas', MLA's kernel for TPUs, whose cache has pages.
     head_implementation: Of log-probabilities: 'chunked' holds some tokens'
       logits, for any device, 'pallas' none, a kernel for TPUs.
     moe: Feed-forward of the other blocks; None only if all are dense.
@@ -422,7 +427,10 @@ class ModelConfig:
   dtype: str = 'float32'
   remat: bool = False
   scan_layers: bool = True
-  attention_implementation: Literal['naive', 'chunked', 'splash'] = 'naive'
+  attention_implementation: Literal['naive', 'chunked', 'splash', 'pallas'] = (
+    'naive'
+  )
+  decode_implementation: Literal['xla', 'pallas'] = 'xla'
   head_implementation: Literal['chunked', 'pallas'] = 'chunked'
   precision: Literal['dtype', 'block_fp8', 'tensor_fp8'] = 'dtype'
 
@@ -447,25 +455,43 @@ class ModelConfig:
         f"dtype={self.dtype!r}, it must be 'float32' or 'bfloat16'"
       )
     self._check_precision()
-    implementation = self.attention_implementation
-    if implementation not in ('naive', 'chunked', 'splash'):
+    for name, valid in (
+      ('attention_implementation', ('naive', 'chunked', 'splash', 'pallas')),
+      ('decode_implementation', ('xla', 'pallas')),
+      ('head_implementation', ('chunked', 'pallas')),
+    ):
+      if getattr(self, name) not in valid:
+        raise ValueError(
+          f'{name}={getattr(self, name)!r}, it must be one of {valid}'
+        )
+    self._check_kernels()
+
+  def _check_kernels(self):
+    """Whether attention is one that the implementations are for."""
+    attention = self.attention
+    is_mla = isinstance(attention, MlaConfig)
+    how = self.attention_implementation
+    if is_mla and attention.indexer and how != 'naive':
       raise ValueError(
-        f'attention_implementation={implementation!r}, it must be one of '
-        "('naive', 'chunked', 'splash')"
+        f"attention_implementation={how!r}: with an indexer it must be 'naive'"
       )
-    if self.head_implementation not in ('chunked', 'pallas'):
+    if not is_mla and how == 'pallas':
       raise ValueError(
-        f'head_implementation={self.head_implementation!r}, it must be one of '
-        "('chunked', 'pallas')"
+        "attention_implementation='pallas' is for MLA; 'splash' is for "
+        'grouped-query attention, too'
       )
-    has_indexer = (
-      isinstance(self.attention, MlaConfig) and self.attention.indexer
-    )
-    if has_indexer and implementation != 'naive':
-      raise ValueError(
-        f'attention_implementation={implementation!r}: with an indexer it '
-        "must be 'naive'"
-      )
+    if self.decode_implementation == 'pallas':
+      if not is_mla or attention.indexer:
+        raise ValueError(
+          "decode_implementation='pallas' is for MLA without an indexer, "
+          "'xla' for all"
+        )
+      if attention.kv_lora_rank % mla_decode_ops.SCALE_CHANNELS:
+        raise ValueError(
+          "decode_implementation='pallas' needs attention.kv_lora_rank to be "
+          f'a multiple of {mla_decode_ops.SCALE_CHANNELS}, it is '
+          f'{attention.kv_lora_rank}'
+        )
 
   def _check_precision(self):
     if self.precision not in fp8.PRECISIONS:

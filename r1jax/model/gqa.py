@@ -30,10 +30,10 @@ class Gqa(nn.Module):
     self,
     x_BTD: jax.Array,
     context: attention.Context,
-    cache: cache_lib.Cache | None,
+    cache: cache_lib.Base | None,
     layer: int | jax.Array,
     mode: attention.Mode,
-  ) -> tuple[jax.Array, cache_lib.Cache | None, None]:
+  ) -> tuple[jax.Array, cache_lib.Base | None, None]:
     """Attends to x itself, or when decoding to everything in the cache.
 
     Args:
@@ -59,7 +59,8 @@ class Gqa(nn.Module):
     q_BTHQ, k_BTGQ = rotate(q_BTHQ, cos, sin), rotate(k_BTGQ, cos, sin)
 
     if cache is not None:
-      cache = cache.append(layer, {'key': k_BTGQ, 'value': v_BTGQ})
+      entry = {'key': k_BTGQ, 'value': v_BTGQ}
+      cache = cache.append(layer, entry, is_first=not mode.decode)
     if mode.decode:
       past = cache.read(layer)
       k_BSGQ, v_BSGQ = past['key'], past['value']

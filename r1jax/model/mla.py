@@ -16,11 +16,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.mla_attention import ops as mla_attention_ops
+from pallas_kernels.mla_decode import ops as mla_decode_ops
 from r1jax import fp8
 from r1jax.model import attention, layers, rope, sparse
 from r1jax.model import cache as cache_lib
 from r1jax.model import config as model_config
 from r1jax.parallel import sharding
+
+_LANES = 128  # Of a TPU's registers.
 
 
 class Mla(nn.Module):
@@ -36,10 +40,10 @@ class Mla(nn.Module):
     self,
     x_BTD: jax.Array,
     context: attention.Context,
-    cache: cache_lib.Cache | None,
+    cache: cache_lib.Base | None,
     layer: int | jax.Array,
     mode: attention.Mode,
-  ) -> tuple[jax.Array, cache_lib.Cache | None, jax.Array | None]:
+  ) -> tuple[jax.Array, cache_lib.Base | None, jax.Array | None]:
     """Attends to x itself, or when decoding to everything in the cache.
 
     Args:
@@ -92,7 +96,10 @@ class Mla(nn.Module):
     out_DHU = param('out', (D, H, c.v_head_dim), ('embed', 'heads', None))
 
     latent_BTC, k_rope_BTR = sharding.fan_out((latent_BTC, k_rope_BTR))
-    entry = {'latent': jnp.concatenate([latent_BTC, k_rope_BTR], axis=-1)}
+    if isinstance(cache, cache_lib.Pages):
+      entry = {'latent': latent_BTC, 'rope': k_rope_BTR}
+    else:
+      entry = {'latent': jnp.concatenate([latent_BTC, k_rope_BTR], axis=-1)}
     index = None
     if c.indexer is not None:
       indexer = sparse.Indexer(
@@ -101,7 +108,7 @@ class Mla(nn.Module):
       index = indexer(x_BTD, q_BTA, context.cos_sin)
       entry['index'] = index.k_BSI
     if cache is not None:
-      cache = cache.append(layer, entry)
+      cache = cache.append(layer, entry, is_first=not mode.decode)
 
     learned_BT = None
     if mode.decode:
@@ -113,15 +120,18 @@ class Mla(nn.Module):
       k_up_CHN = as_trained('BSC,CHN->BSHN', k_up_CHN)
       v_up_CHU = as_trained('BSC,CHU->BSHU', v_up_CHU)
       q_BTHC = jnp.einsum('BTHN,CHN->BTHC', q_nope_BTHN, k_up_CHN)
-      q_BTHC = jnp.concatenate([q_BTHC, q_rope_BTHR], axis=-1)
-      attend = functools.partial(absorbed, scale=c.softmax_scale)
-      if index is not None and not c.indexer.dense:
-        attend = sparse.over_selected(
-          attend,
-          dataclasses.replace(index, k_BSI=past['index']).scores(),
-          c.indexer.top_k,
-        )
-      o_BTHC = attend(q_BTHC, past['latent'], context.mask_BTS)
+      if mode.implementation == 'pallas':
+        o_BTHC = paged(q_BTHC, q_rope_BTHR, past, scale=c.softmax_scale)
+      else:
+        q_BTHC = jnp.concatenate([q_BTHC, q_rope_BTHR], axis=-1)
+        attend = functools.partial(absorbed, scale=c.softmax_scale)
+        if index is not None and not c.indexer.dense:
+          attend = sparse.over_selected(
+            attend,
+            dataclasses.replace(index, k_BSI=past['index']).scores(),
+            c.indexer.top_k,
+          )
+        o_BTHC = attend(q_BTHC, past['latent'], context.mask_BTS)
       o_BTHU = jnp.einsum('BTHC,CHU->BTHU', o_BTHC[..., :C], v_up_CHU)
     else:
       # The latents travel, not the keys and values of all heads.
@@ -130,20 +140,33 @@ class Mla(nn.Module):
       k_BSHN = linear('BSC,CHN->BSHN', latent_BSC, k_up_CHN)
       v_BSHU = linear('BSC,CHU->BSHU', latent_BSC, v_up_CHU)
       q_BTHQ = jnp.concatenate([q_nope_BTHN, q_rope_BTHR], axis=-1)
-      k_BSHR = jnp.broadcast_to(
-        k_rope_BSR[:, :, None], (*k_BSHN.shape[:3], c.rope_head_dim)
-      )
-      k_BSHQ = jnp.concatenate([k_BSHN, k_BSHR], axis=-1)
-      if index is not None:
-        index = dataclasses.replace(index, k_BSI=mode.all_keys(index.k_BSI))
-      if mode.needs_mask:
-        o_BTHU, learned_BT = self._attend(
-          q_BTHQ, k_BSHQ, v_BSHU, context.mask_BTS, index, mode
+      if mode.implementation == 'pallas':
+        o_BTHU = mla_attention_ops.mla_attention(
+          q_BTHQ,
+          k_BSHN,
+          k_rope_BSR,
+          v_BSHU,
+          context.segment_BT,
+          context.segment_BS,
+          mode.first_query(x_BTD.shape[1]),
+          scale=c.softmax_scale,
+          implementation='pallas',
         )
       else:
-        o_BTHU = attention.flash(
-          q_BTHQ, k_BSHQ, v_BSHU, context, mode, scale=c.softmax_scale
+        k_BSHR = jnp.broadcast_to(
+          k_rope_BSR[:, :, None], (*k_BSHN.shape[:3], c.rope_head_dim)
         )
+        k_BSHQ = jnp.concatenate([k_BSHN, k_BSHR], axis=-1)
+        if index is not None:
+          index = dataclasses.replace(index, k_BSI=mode.all_keys(index.k_BSI))
+        if mode.needs_mask:
+          o_BTHU, learned_BT = self._attend(
+            q_BTHQ, k_BSHQ, v_BSHU, context.mask_BTS, index, mode
+          )
+        else:
+          o_BTHU = attention.flash(
+            q_BTHQ, k_BSHQ, v_BSHU, context, mode, scale=c.softmax_scale
+          )
     out_BTD = linear('BTHU,DHU->BTD', o_BTHU, out_DHU, power_of_two=True)
     return sharding.fan_in(out_BTD), cache, learned_BT
 
@@ -175,6 +198,29 @@ def scores(q_BTHQ: jax.Array, k_BSHQ: jax.Array, *, scale: float) -> jax.Array:
     k_BSHQ,
     preferred_element_type=jnp.float32,
   )
+
+
+def paged(
+  q_BTHC: jax.Array,
+  q_rope_BTHR: jax.Array,
+  past: cache_lib.PagedLatents,
+  *,
+  scale: float,
+) -> jax.Array:
+  """`absorbed`, by a kernel that reads pages: [B, T, H, C]."""
+  (T, C), R = q_BTHC.shape[1::2], q_rope_BTHR.shape[-1]
+  # As wide as whole lanes: the kernel would pad a narrower one by a copy.
+  filler = jnp.zeros((*q_BTHC.shape[:3], -(C + R) % _LANES), q_BTHC.dtype)
+  o_BTHC, _ = mla_decode_ops.mla_decode(
+    jnp.concatenate([q_BTHC, q_rope_BTHR, filler], axis=-1),
+    past.cache,
+    past.table_Bn,
+    past.length_B + T,
+    value_dim=C,
+    scale=scale,
+    implementation='pallas',
+  )
+  return o_BTHC
 
 
 def absorbed(

@@ -40,7 +40,7 @@ class Output:
 
   hidden_BTD: jax.Array
   mtp_hidden: tuple[jax.Array, ...]
-  cache: cache_lib.Cache | None
+  cache: cache_lib.Base | None
   moe: moe.MoeMetrics | None
   indexer_LBT: jax.Array | None
 
@@ -96,7 +96,7 @@ class Transformer(nn.Module):
     *,
     segment_BT: jax.Array | None = None,
     position_BT: jax.Array | None = None,
-    cache: cache_lib.Cache | None = None,
+    cache: cache_lib.Base | None = None,
     decode: bool = False,
     mtp: bool = False,
     indexer_loss: bool = False,
@@ -117,13 +117,11 @@ class Transformer(nn.Module):
       ValueError: decode without a cache.
     """
     c = self.config
-    # A cache holds whole rows.
-    splits = cache is None and sharding.axis_size('context') > 1
-    mode = attention.Mode(
-      decode, indexer_loss, splits, c.attention_implementation
-    )
     if decode and cache is None:
       raise ValueError('decode=True needs a cache')
+    mode = make_mode(
+      c, decode=decode, indexer_loss=indexer_loss, whole_rows=cache is not None
+    )
     B, T = tokens_BT.shape
     if segment_BT is None:
       segment_BT = jnp.ones((B, T), jnp.int32)
@@ -260,11 +258,39 @@ def embed(
   return sharding.look_up(embedding_VD, own_BT, V, D).astype(config.dtype)
 
 
+def make_mode(
+  config: model_config.ModelConfig,
+  *,
+  decode: bool = False,
+  indexer_loss: bool = False,
+  whole_rows: bool = False,
+) -> attention.Mode:
+  """How the blocks of a call run, on this device.
+
+  Args:
+    config: Of the model.
+    decode: Attend to the cache.
+    indexer_loss: Return what the indexers have to learn.
+    whole_rows: Not parts of rows where there are devices of `context`: what a
+      cache holds.
+  """
+  return attention.Mode(
+    decode=decode,
+    indexer_loss=indexer_loss,
+    split_length=not whole_rows and sharding.axis_size('context') > 1,
+    implementation=(
+      config.decode_implementation
+      if decode
+      else config.attention_implementation
+    ),
+  )
+
+
 def make_context(
   config: model_config.ModelConfig,
   segment_BT: jax.Array,
   position_BT: jax.Array,
-  filled: cache_lib.Cache | None,
+  filled: cache_lib.Base | None,
   mode: attention.Mode,
 ) -> attention.Context:
   """Rotation and mask, once for all blocks.
@@ -274,12 +300,12 @@ def make_context(
     segment_BT: Of whole rows.
     position_BT: Of whole rows.
     filled: The cache that queries attend to; None for the tokens themselves.
+      Pages need no mask, and bring no keys.
     mode: Of this call.
   """
   c = config.attention
-  if filled is None:
-    keys = segment_BT, position_BT
-  else:
+  keys = segment_BT, position_BT
+  if isinstance(filled, cache_lib.Cache):
     keys = filled.segment_BS, filled.position_BS
   if mode.split_length:
     segment_BT = sharding.own_length(segment_BT)
@@ -328,23 +354,28 @@ def head(params: Any, config: model_config.ModelConfig) -> token.Head:
 
 def make_cache(
   config: model_config.ModelConfig, batch: int, length: int
-) -> cache_lib.Cache:
+) -> cache_lib.Base:
   """An empty cache that fits the model, for `length` tokens a row."""
-  match a := config.attention:
+  shared = {
+    'num_layers': config.num_layers,
+    'batch': batch,
+    'length': length,
+    'dtype': jnp.dtype(config.dtype),
+    'stacked': config.scan_layers,
+  }
+  a = config.attention
+  if config.decode_implementation == 'pallas':
+    return cache_lib.make_pages(
+      latent_dim=a.kv_lora_rank, rope_dim=a.rope_head_dim, **shared
+    )
+  match a:
     case model_config.MlaConfig():
       shapes = {'latent': (a.kv_lora_rank + a.rope_head_dim,)}
       if a.indexer is not None:
         shapes['index'] = (a.indexer.head_dim,)
     case model_config.GqaConfig():
       shapes = dict.fromkeys(('key', 'value'), (a.num_kv_heads, a.head_dim))
-  return cache_lib.make_cache(
-    num_layers=config.num_layers,
-    batch=batch,
-    length=length,
-    shapes=shapes,
-    dtype=jnp.dtype(config.dtype),
-    stacked=config.scan_layers,
-  )
+  return cache_lib.make_cache(shapes=shapes, **shared)
 
 
 def init(config: model_config.ModelConfig, key: jax.Array) -> Any:

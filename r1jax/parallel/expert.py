@@ -18,6 +18,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.expert_all_to_all import ops as expert_all_to_all_ops
 from pallas_kernels.routed_swiglu import layout
 from r1jax import fp8
 
@@ -34,6 +35,7 @@ class Limits:
     most_ranks: Destinations that a token may have.
     rows: Rows that a device may receive.
     choices: Pairs of token and expert that a device may receive.
+    multiple: Of the rows for each device, where they start, and of all rows.
   """
 
   num_ranks: int
@@ -41,6 +43,17 @@ class Limits:
   most_ranks: int
   rows: int
   choices: int
+  multiple: int = 1
+
+  def rounded(self, rows):
+    """Up to whole multiples."""
+    return -(-rows // self.multiple) * self.multiple
+
+  @property
+  def sent(self) -> int:
+    """Rows that a device may send, what fills up the multiples included."""
+    fill = self.num_ranks * (self.multiple - 1)
+    return self.rounded(self.num_tokens * self.most_ranks + fill)
 
 
 def limits(
@@ -52,6 +65,7 @@ def limits(
   num_groups: int = 1,
   top_groups: int = 1,
   receive_factor: float | Literal['worst'],
+  multiple: int = 1,
 ) -> Limits:
   """What a device may send and receive.
 
@@ -65,6 +79,8 @@ def limits(
     receive_factor: 'worst' has room at any skew; a number for so many times
       what arrives when all devices get the same, if each token has as many
       destinations as it may.
+    multiple: What the rows for each device are filled up to: 8 for 'dma' to
+      move tiles as they stand, see `dispatch`.
 
   Raises:
     ValueError: R does not divide E.
@@ -83,7 +99,9 @@ def limits(
     share = lambda mean: math.ceil(receive_factor * mean)
     rows = min(rows, share(num_tokens * most))
     choices = min(choices, share(num_tokens * top_k))
-  return Limits(num_ranks, num_tokens, most, rows, choices)
+  fill = num_ranks * (multiple - 1)
+  rows = -(-(rows + fill) // multiple) * multiple
+  return Limits(num_ranks, num_tokens, most, rows, choices, multiple)
 
 
 @jax.tree_util.register_dataclass
@@ -92,7 +110,7 @@ class Plan:
   """Which token goes where.
 
   Attributes:
-    token_s: int32 token of each row that is sent; T for padding.
+    token_s: int32 token of each row that is sent; T for what fills up.
     slot_TK: int32 row sent for choice k of token t, for the first of its
       choices on that device; the number of rows for the others.
     send_R: int32 first row for each destination.
@@ -100,6 +118,7 @@ class Plan:
     place_R: int32 where they go in the destination's rows.
     receive_R: int32 first row of each source among those received.
     received_R: int32 rows received of each source.
+    tokens_R: int32 tokens among them, the first ones.
     home_R: int32 where the rows of each source start among its own.
     dropped: int32 rows of this device that did not fit.
   """
@@ -111,6 +130,7 @@ class Plan:
   place_R: jax.Array
   receive_R: jax.Array
   received_R: jax.Array
+  tokens_R: jax.Array
   home_R: jax.Array
   dropped: jax.Array
 
@@ -127,27 +147,27 @@ def plan(expert_TK: jax.Array, num_local: int, limits: Limits) -> Plan:
   rank_TK = expert_TK // num_local
   goes_TR = (rank_TK[:, :, None] == jnp.arange(R)).any(1)
   # Rows in order of destination, then of token.
-  order_RT = jnp.cumsum(goes_TR.T.reshape(-1).astype(jnp.int32)) - 1
-  order_RT = order_RT.reshape(R, T)
+  rank_TR = jnp.cumsum(goes_TR.astype(jnp.int32), axis=0) - 1
   want_R = goes_TR.sum(0, dtype=jnp.int32)
-  send_R = jnp.cumsum(want_R) - want_R
 
   # What all want to send to all, [source, destination].
   want_RR = jax.lax.all_gather(want_R, AXIS)
-  place_RR = jnp.cumsum(want_RR, axis=0) - want_RR
-  count_RR = jnp.clip(limits.rows - place_RR, 0, want_RR)
+  room_RR = limits.rounded(want_RR)
+  place_RR = jnp.cumsum(room_RR, axis=0) - room_RR
+  count_RR = jnp.clip(limits.rows - place_RR, 0, room_RR)
   place_RR = jnp.minimum(place_RR, limits.rows)
-  send_RR = jnp.cumsum(want_RR, axis=1) - want_RR
+  send_RR = jnp.cumsum(room_RR, axis=1) - room_RR
+  tokens_RR = jnp.minimum(want_RR, count_RR)
   me = jax.lax.axis_index(AXIS)
-  count_R = count_RR[me]
+  send_R = send_RR[me]
 
   slot_TR = jnp.where(
-    goes_TR & (order_RT.T - send_R < count_R), order_RT.T, T * limits.most_ranks
+    goes_TR & (rank_TR < tokens_RR[me]), send_R + rank_TR, limits.sent
   )
   slot_TK = jnp.take_along_axis(slot_TR, rank_TK, axis=1)
   same_TKK = rank_TK[:, :, None] == rank_TK[:, None, :]
   is_first_TK = ~jnp.tril(same_TKK, -1).any(-1)
-  num_rows = T * limits.most_ranks
+  num_rows = limits.sent
   token_s = jnp.full((num_rows,), T, jnp.int32)
   token_s = token_s.at[jnp.where(is_first_TK, slot_TK, num_rows)].set(
     jnp.arange(T, dtype=jnp.int32)[:, None], mode='drop'
@@ -156,12 +176,13 @@ def plan(expert_TK: jax.Array, num_local: int, limits: Limits) -> Plan:
     token_s=token_s,
     slot_TK=jnp.where(is_first_TK, slot_TK, num_rows),
     send_R=send_R,
-    count_R=count_R,
+    count_R=count_RR[me],
     place_R=place_RR[me],
     receive_R=place_RR[:, me],
     received_R=count_RR[:, me],
+    tokens_R=tokens_RR[:, me],
     home_R=send_RR[:, me],
-    dropped=(want_R - count_R).sum(),
+    dropped=(want_R - tokens_RR[me]).sum(),
   )
 
 
@@ -205,7 +226,9 @@ def send(
   expert_NK -= jax.lax.axis_index(AXIS) * num_local
   is_here_NK = (expert_NK >= 0) & (expert_NK < num_local)
   row_N1 = jnp.arange(limits.rows)[:, None]
-  is_here_NK &= row_N1 < plan.received_R.sum()
+  is_token_NR = row_N1 >= plan.receive_R
+  is_token_NR &= row_N1 < plan.receive_R + plan.tokens_R
+  is_here_NK &= is_token_NR.any(1, keepdims=True)
   send_rows = _dispatch_fp8 if in_fp8 else dispatch
   return (
     send_rows(x_TD, plan, limits, implementation),
@@ -220,27 +243,29 @@ def dispatch(
 ) -> jax.Array:
   """Sends tokens to their destinations: [T, D] -> [N, D].
 
-  Rows past those received hold anything finite.
+  Rows that are no token's hold anything finite.
 
   Args:
     x_TD: Tokens of this device.
     plan: Where they go.
     limits: Sizes; N = limits.rows.
-    implementation: 'ragged' (`jax.lax.ragged_all_to_all`, not on a CPU) or
-      'padded' (`jax.lax.all_to_all` of T rows for each pair of devices).
+    implementation: 'ragged' (`jax.lax.ragged_all_to_all`, not on a CPU), 'dma'
+      (a kernel for TPUs; with `limits.multiple` of 8 it copies no rows but
+      those it sends) or 'padded' (`jax.lax.all_to_all` of T rows for each pair
+      of devices).
 
   Raises:
     ValueError: An unknown implementation.
   """
+  return _dispatch((x_TD,), plan, limits, implementation)[0]
+
+
+def _dispatch(arrays, plan, limits, implementation):
+  """Of several arrays, which travel together."""
   p = plan
+  spans = p.send_R, p.count_R, p.place_R, p.receive_R, p.received_R
   exchange = _exchange(implementation)
-  return exchange(
-    lambda row: jnp.take(x_TD, p.token_s[row], axis=0, mode='clip'),
-    len(p.token_s),
-    (p.send_R, p.count_R, p.place_R, p.receive_R, p.received_R),
-    limits.num_tokens,
-    limits.rows,
-  )
+  return exchange(arrays, p.token_s, spans, limits, limits.rows)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -252,14 +277,9 @@ def combine(
   What `dispatch` pulls back, and pulled back by it.
   """
   p = plan
+  spans = p.receive_R, p.received_R, p.home_R, p.send_R, p.count_R
   exchange = _exchange(implementation)
-  row_sD = exchange(
-    lambda row: jnp.take(y_ND, row, axis=0, mode='clip'),
-    len(y_ND),
-    (p.receive_R, p.received_R, p.home_R, p.send_R, p.count_R),
-    limits.num_tokens,
-    len(p.token_s),
-  )
+  [row_sD] = exchange((y_ND,), None, spans, limits, len(p.token_s))
   is_sent_TK = p.slot_TK < len(p.token_s)
   return layout.weighted_sum(row_sD, p.slot_TK, is_sent_TK)
 
@@ -277,9 +297,7 @@ combine.defvjp(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _dispatch_fp8(x_TD, plan, limits, implementation):
   q_TD, scale_Tt = fp8.quantize_tiles(x_TD, power_of_two=True)
-  q_ND, scale_Nt = (
-    dispatch(rows, plan, limits, implementation) for rows in (q_TD, scale_Tt)
-  )
+  q_ND, scale_Nt = _dispatch((q_TD, scale_Tt), plan, limits, implementation)
   return fp8.dequantize_tiles(q_ND, scale_Nt, x_TD.dtype)
 
 
@@ -295,39 +313,76 @@ def _exchange(implementation: str):
       return _padded
     case 'ragged':
       return _ragged
+    case 'dma':
+      return _dma
   raise ValueError(
-    f'implementation={implementation!r}, it must be padded or ragged'
+    f'implementation={implementation!r}, it must be padded, ragged or dma'
   )
 
 
-def _ragged(take, num_rows, spans, most, num_out):
+def _ragged(arrays, number_s, spans, limits, num_out):
   """Sends spans of rows as they are; see `_padded`."""
+  del limits
   first_R, count_R, place_R, _, received_R = spans
-  rows = take(jnp.arange(num_rows, dtype=jnp.int32))
-  out = jnp.zeros((num_out, *rows.shape[1:]), rows.dtype)
-  del most
-  return jax.lax.ragged_all_to_all(
-    rows, out, first_R, count_R, place_R, received_R, axis_name=AXIS
+  results = []
+  for rows in arrays:
+    rows = _take(rows, number_s)
+    out = jnp.zeros((num_out, *rows.shape[1:]), rows.dtype)
+    results.append(
+      jax.lax.ragged_all_to_all(
+        rows, out, first_R, count_R, place_R, received_R, axis_name=AXIS
+      )
+    )
+  return results
+
+
+def _dma(arrays, number_s, spans, limits, num_out):
+  """Sends spans of rows in one kernel; see `_padded`."""
+  by_number = number_s is not None and limits.multiple == 1
+  if not by_number:
+    arrays = [_take(rows, number_s) for rows in arrays]
+  return expert_all_to_all_ops.ragged_exchange(
+    arrays,
+    num_out,
+    *spans,
+    axis_name=AXIS,
+    implementation='pallas',
+    take_s=number_s if by_number else None,
+    multiple=limits.multiple,
   )
 
 
-def _padded(take, num_rows, spans, most, num_out):
+def _padded(arrays, number_s, spans, limits, num_out):
   """Sends as many rows to each device, most of them perhaps for nothing.
 
   Args:
-    take: Rows by number.
-    num_rows: How many there are.
+    arrays: Rows, which travel together.
+    number_s: Which of them to send; None for all as they stand.
     spans: For each device: the first row and the number of rows to send, where
       they go there, where its rows go here and how many they are.
-    most: Rows that one device may send another.
-    num_out: Rows of the result.
+    limits: Sizes.
+    num_out: Rows of the results.
   """
   first_R, _, _, receive_R, received_R = spans
+  most = limits.rounded(limits.num_tokens)
+  num_rows = len(arrays[0]) if number_s is None else len(number_s)
   column_C = jnp.arange(most, dtype=jnp.int32)
   sent_RC = jnp.minimum(first_R[:, None] + column_C, num_rows - 1)
-  got_RCD = jax.lax.all_to_all(take(sent_RC), AXIS, 0, 0)
+  if number_s is not None:
+    sent_RC = number_s[sent_RC]
   row_n = jnp.arange(num_out, dtype=jnp.int32)
   end_R = receive_R + received_R
   source_n = (row_n[:, None] >= end_R[:-1]).sum(1)
   column_n = jnp.clip(row_n - receive_R[source_n], 0, most - 1)
-  return got_RCD[source_n, column_n]
+  results = []
+  for rows in arrays:
+    got_RCD = jax.lax.all_to_all(_take(rows, sent_RC), AXIS, 0, 0)
+    results.append(got_RCD[source_n, column_n])
+  return results
+
+
+def _take(rows: jax.Array, number: jax.Array | None) -> jax.Array:
+  """Rows by number, one past the last is the last; all if None."""
+  if number is None:
+    return rows
+  return jnp.take(rows, number, axis=0, mode='clip')

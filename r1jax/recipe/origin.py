@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from pallas_kernels.mla_decode import ops as mla_decode_ops
 from r1jax import config as config_lib
 from r1jax.data import chat_templates, chat_tokens, conversation
 from r1jax.data import tokenizer as tokenizer_lib
@@ -27,7 +28,8 @@ from r1jax.train import workdir as workdir_lib
 # is computed, and what is added or left out.
 _MAY_DIFFER = (
   *('dtype', 'precision', 'remat', 'scan_layers', 'init_std', 'max_length'),
-  *('mtp_depth', 'attention.indexer', 'head_implementation'),
+  *('mtp_depth', 'attention.indexer', 'attention_implementation'),
+  *('decode_implementation', 'head_implementation'),
   *('moe.block', 'moe.implementation'),
 )
 
@@ -126,20 +128,22 @@ def suited(
 ) -> model_config.ModelConfig:
   """A model that computes as suits a kind of devices: 'cpu', 'tpu', ….
 
-  In bfloat16 with grouped matmuls on accelerators; on TPUs by kernels, as is
-  attention, and tokens travel with twice the room that even loads need. In
-  float32 on a CPU.
+  In bfloat16 with grouped matmuls on accelerators; on TPUs by kernels, as are
+  attention and the head, and tokens travel with twice the room that even loads
+  need. In float32 on a CPU.
   """
   if platform == 'cpu':
     return model
-  moe, attention = model.moe, model.attention_implementation
-  if platform == 'tpu' and getattr(model.attention, 'indexer', None) is None:
-    attention = 'splash'
+  moe = model.moe
+  if platform == 'tpu':
+    model = dataclasses.replace(
+      model, head_implementation='pallas', **_attention_kernels(model.attention)
+    )
   if moe is not None and platform == 'tpu' and model.precision == 'dtype':
     moe = dataclasses.replace(
       moe,
-      implementation='megablox',
-      block=512,
+      implementation='pallas',
+      block=16,
       exchange=model_config.ExchangeConfig(
         kind='ragged', receive_factor=2.0, tokens_at_once=2048
       ),
@@ -149,10 +153,25 @@ def suited(
   return dataclasses.replace(
     model,
     moe=moe,
-    attention_implementation=attention,
     dtype='bfloat16',
     remat=True,
   )
+
+
+def _attention_kernels(
+  attention: model_config.MlaConfig | model_config.GqaConfig,
+) -> dict[str, str]:
+  """The implementations for a TPU."""
+  match attention:
+    case model_config.GqaConfig():
+      return {'attention_implementation': 'splash'}
+    case model_config.MlaConfig(indexer=None):
+      is_wide = attention.kv_lora_rank % mla_decode_ops.SCALE_CHANNELS == 0
+      return {
+        'attention_implementation': 'pallas',
+        'decode_implementation': 'pallas' if is_wide else 'xla',
+      }
+  return {}
 
 
 def load_tokenizer_path(folder: str) -> str:

@@ -154,11 +154,7 @@ def make_functions(
   model = transformer.Transformer(c)
 
   def mode() -> attention.Mode:
-    return attention.Mode(
-      indexer_loss=objective.indexer is not None,
-      split_length=sharding.axis_size('context') > 1,
-      implementation=c.attention_implementation,
-    )
+    return transformer.make_mode(c, indexer_loss=objective.indexer is not None)
 
   def context_of(batch: Any) -> attention.Context:
     return transformer.make_context(

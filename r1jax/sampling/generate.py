@@ -40,7 +40,7 @@ class _Decoding:
   done_B: jax.Array
   length_B: jax.Array
   row_B: jax.Array
-  cache: cache_lib.Cache
+  cache: cache_lib.Base
 
 
 def phases(max_new_tokens: int, batch: int) -> tuple[tuple[int, int], ...]:
@@ -173,7 +173,7 @@ class _Sampler:
       done_B=jnp.isin(token_B, self.stop_S),
       length_B=jnp.repeat(length_P, copies),
       row_B=row_B,
-      cache=out.cache.unstacked().repeated(copies).grown(num_slots - T),
+      cache=out.cache.unstacked().repeated(copies).grown(num_slots),
     )
 
   def decode_step(
@@ -251,8 +251,7 @@ def _run_phase(d, decode_step, start, end, wave, prompt_width):
 
   Unfinished rows come first, so that the last waves have nothing to do.
   """
-  longer = prompt_width + end - d.cache.segment_BS.shape[1]
-  d = dataclasses.replace(d, cache=d.cache.grown(max(longer, 0)))
+  d = dataclasses.replace(d, cache=d.cache.grown(prompt_width + end))
 
   def run(part):
     first = jnp.asarray(start, jnp.int32)
@@ -262,8 +261,7 @@ def _run_phase(d, decode_step, start, end, wave, prompt_width):
     _, part = jax.lax.while_loop(unfinished, decode_step, (first, part))
     # Every wave ends at the same slot, however early it was done.
     slot = jnp.asarray(prompt_width + end - 1, jnp.int32)
-    cache = dataclasses.replace(part.cache, slot=slot)
-    return dataclasses.replace(part, cache=cache)
+    return dataclasses.replace(part, cache=part.cache.at_slot(slot))
 
   B = d.done_B.shape[0]
   if wave == B:
@@ -280,9 +278,7 @@ def _run_phase(d, decode_step, start, end, wave, prompt_width):
 
   ended = jax.lax.fori_loop(0, B // wave, one, d)
   slot = jnp.asarray(prompt_width + end - 1, jnp.int32)
-  return dataclasses.replace(
-    ended, cache=dataclasses.replace(ended.cache, slot=slot)
-  )
+  return dataclasses.replace(ended, cache=ended.cache.at_slot(slot))
 
 
 def _draw(uniform_B: jax.Array, logp_BV: jax.Array) -> jax.Array:

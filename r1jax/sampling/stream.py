@@ -97,11 +97,14 @@ class Stream:
       yield token
       if token in self._stop_ids or count == limit:
         return
-      token_1, cache = self._step(self._variables, cache, token_1, count, key)
+      position = length + count - 1
+      token_1, cache = self._step(
+        self._variables, cache, token_1, position, count, key
+      )
 
   def _run_prefill(
     self, variables: Any, prompt_1T: jax.Array, length: jax.Array, key: Any
-  ) -> tuple[jax.Array, cache_lib.Cache]:
+  ) -> tuple[jax.Array, cache_lib.Base]:
     slot_1T = jnp.arange(prompt_1T.shape[1], dtype=jnp.int32)[None]
     out = self._model.apply(
       variables,
@@ -110,23 +113,23 @@ class Stream:
       cache=transformer.make_cache(self._config, 1, self._config.max_length),
     )
     # The slots behind the prompt's last token are empty: decoding goes there.
-    slot = jnp.asarray(length, jnp.int32)
-    cache = dataclasses.replace(out.cache, slot=slot)
+    cache = out.cache.at_slot(jnp.asarray(length, jnp.int32))
     last_1D = jnp.take(out.hidden_BTD, length - 1, axis=1)
     return self._sample(variables, last_1D, 0, key), cache
 
   def _run_step(
     self,
     variables: Any,
-    cache: cache_lib.Cache,
+    cache: cache_lib.Base,
     token_1: jax.Array,
+    position: jax.Array,
     count: jax.Array,
     key: jax.Array,
-  ) -> tuple[jax.Array, cache_lib.Cache]:
+  ) -> tuple[jax.Array, cache_lib.Base]:
     out = self._model.apply(
       variables,
       token_1[:, None],
-      position_BT=cache.slot[None, None],
+      position_BT=jnp.asarray(position, jnp.int32)[None, None],
       cache=cache,
       decode=True,
     )

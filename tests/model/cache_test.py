@@ -30,11 +30,11 @@ def test_append_advance_grow_and_read(stacked):
     stacked=stacked,
   )
   for layer in range(_L):
-    cache = cache.append(layer, _entry(layer, 2))
+    cache = cache.append(layer, _entry(layer, 2), is_first=True)
   cache = cache.advance(_segments(2, 1), _segments(2, 5))
-  cache = cache.grown(2)
+  cache = cache.grown(5)
   for layer in range(_L):
-    cache = cache.append(layer, _entry(10 + layer, 1))
+    cache = cache.append(layer, _entry(10 + layer, 1), is_first=False)
   cache = cache.advance(_segments(1, 2), _segments(1, 6))
   assert int(cache.slot) == 3
   np.testing.assert_array_equal(cache.segment_BS, [[1, 1, 2, 0, 0]] * _B)
@@ -56,4 +56,4 @@ def test_growing_by_nothing_is_nothing():
   cache = cache_lib.make_cache(
     num_layers=1, batch=1, length=1, shapes={}, dtype=jnp.float32, stacked=True
   )
-  assert cache.grown(0) is cache
+  assert cache.grown(1) is cache

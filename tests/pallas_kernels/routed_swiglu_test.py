@@ -51,8 +51,13 @@ def _with_gradients(expert_TK, args, pull_TD, **options):
   return out_TD, vjp(pull_TD)
 
 
-@pytest.mark.parametrize('implementation', ['xla', 'grouped', 'megablox'])
-@pytest.mark.parametrize(('T', 'K', 'block', 'skew'), SHAPES)
+@pytest.mark.parametrize(
+  ('T', 'K', 'block', 'skew', 'implementation'),
+  [
+    *((*s, i) for s in SHAPES for i in ('xla', 'grouped', 'megablox')),
+    (*SHAPES[1], 'pallas'),
+  ],
+)
 def test_all_forms_and_their_vjps_are_the_references(
   T, K, block, skew, implementation
 ):

@@ -204,8 +204,12 @@ def test_a_foreign_model_suits_its_devices_wherever_it_was_imported(
   there = origin.for_mesh(model, run, Mesh())
   assert there.dtype == 'bfloat16' and there.remat
   assert there.attention_implementation == 'splash'
+  assert there.decode_implementation == 'xla'
+  mla = origin.suited(micro.model(), 'tpu')
+  assert mla.attention_implementation == mla.head_implementation == 'pallas'
+  assert mla.decode_implementation == 'xla'  # Its latents are 16 wide.
   experts = origin.suited(micro.model(), 'tpu').moe
-  assert experts.implementation == 'megablox'
+  assert experts.implementation == 'pallas'
   assert experts.exchange.kind == 'ragged'
   # What was trained here stays as it was trained.
   values = _values(tmp_path / 'run')

@@ -9,28 +9,20 @@ import importlib.metadata
 import json
 import pathlib
 
-from experiments import tpu_compiler
+from experiments import bench_kernels, kernel_peers, tpu_compiler
 
 _FOLDER = pathlib.Path(__file__).parent
 _ROOT = _FOLDER.parents[1]
 _KEPT = _ROOT / '.cache' / 'tpu'
 # What a report depends on.
-_SOURCES = (
-  *('configs', 'pallas_kernels', 'r1jax'),
-  *('tests/tpu/programs.py', 'tests/tpu/real_shapes.py'),
-)
+_SOURCES = 'configs', 'pallas_kernels', 'r1jax', 'tests/tpu/real_shapes.py'
 # A worker that neither ends nor aborts, in seconds.
 _TIMEOUT = 3600
 
 # 32 devices of each generation, 64 where they have little memory.
 TOPOLOGIES = ('v5e:8x8', 'v5p:2x4x4', 'v6e:4x8', 'tpu7x:2x2x4')
-REAL_SHAPES = (
-  'experts_up',
-  'experts_down',
-  'attention',
-  'decode_step',
-  'train_step',
-)
+REAL_SHAPES = ('decode_step', 'train_step')
+_KERNEL_TIMEOUT = 300  # Seconds.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +77,17 @@ def compile_each(topology: str, names: list[str]) -> dict[str, dict]:
   return found
 
 
+def compile_kernels(generation: str) -> dict[tuple[str, str], dict]:
+  """What bench_kernels reports of our kernels' cases, by kernel and name."""
+  kernels = [
+    kernel
+    for kernel in bench_kernels.find(generation, None)
+    if kernel.module is not kernel_peers
+  ]
+  reports = bench_kernels.measure(kernels, generation, timeout=_KERNEL_TIMEOUT)
+  return {(r['kernel'], r['case']): r for r in reports}
+
+
 def _path(topology: str, name: str) -> pathlib.Path:
   digest = hashlib.sha256(f'{topology} {name}'.encode())
   for package in ('jax', 'jaxlib', 'libtpu'):
@@ -124,6 +127,18 @@ def table() -> str:
   for name in REAL_SHAPES:
     cells = [_cell(_read(topology, name)) for topology in TOPOLOGIES]
     lines.append(f'| `{name}` | ' + ' | '.join(cells) + ' |')
+  lines += [
+    '',
+    'Kernels, one chip: MiB of VMEM + of temporaries in HBM; how good their',
+    'schedules are is told by `experiments/results/kernels.md`.',
+    '',
+    '| | ' + ' | '.join(bench_kernels.TOPOLOGIES) + ' |',
+    '|---' * (len(bench_kernels.TOPOLOGIES) + 1) + '|',
+  ]
+  columns = [compile_kernels(g) for g in bench_kernels.TOPOLOGIES]
+  for kernel, case in dict.fromkeys(key for found in columns for key in found):
+    cells = [_kernel_cell(found.get((kernel, case))) for found in columns]
+    lines.append(f'| `{kernel}` {case} | ' + ' | '.join(cells) + ' |')
   return '\n'.join(lines) + '\n'
 
 
@@ -134,6 +149,13 @@ def _cell(report: dict | None) -> str:
     return report['error'].split('Error: ')[-1].replace('|', '/')
   sizes = (report[k] / 2**30 for k in ('argument_bytes', 'temp_bytes'))
   return '{:.2f} + {:.2f}; {:.0f} s'.format(*sizes, report['compile_seconds'])
+
+
+def _kernel_cell(report: dict | None) -> str:
+  if report is None or 'error' in report:
+    return _cell(report)
+  sizes = (report[k] / 2**20 for k in ('vmem_bytes', 'hbm_temp_bytes'))
+  return '{:.1f} + {:.1f}'.format(*sizes)
 
 
 if __name__ == '__main__':

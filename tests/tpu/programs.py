@@ -59,11 +59,9 @@ def abort(devices: Sequence[jax.Device]) -> jax.stages.Lowered:
 MEGABLOX = 4096, 2048, 1408, 4
 
 
-def megablox(
-  devices: Sequence[jax.Device], sizes: tuple[int, ...] = MEGABLOX
-) -> jax.stages.Lowered:
+def megablox(devices: Sequence[jax.Device]) -> jax.stages.Lowered:
   """A grouped matmul with its gradient, on one device."""
-  m, k, n, g = sizes
+  m, k, n, g = MEGABLOX
 
   @jax.jit
   def run(x_mk, w_gkn, size_g, pull_mn):
@@ -91,11 +89,9 @@ def megablox(
 SPLASH = 1024, 4096, 8, 192, 128
 
 
-def splash(
-  devices: Sequence[jax.Device], sizes: tuple[int, ...] = SPLASH
-) -> jax.stages.Lowered:
+def splash(devices: Sequence[jax.Device]) -> jax.stages.Lowered:
   """Attention of some of a row's queries, with its gradient, on one device."""
-  T, S, H, Q, U = sizes
+  T, S, H, Q, U = SPLASH
 
   @jax.jit
   def run(q_BTHQ, k_BSHQ, v_BSHU, segment_BS, first, pull_BTHU):

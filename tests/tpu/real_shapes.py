@@ -1,11 +1,10 @@
-"""DeepSeek-V3's own shapes, for `make test-tpu`: devices in, Lowered out.
+"""DeepSeek-V3's programs, for `make test-tpu`: devices in, Lowered out.
 
-Kernels run on one device. Programs are those of the configs for pods with four
-layers in place of 61 (one of them dense) and MTP, on as many devices as there
-are: all widths, all 256 experts, the whole vocabulary.
+Those of the configs for pods with four layers in place of 61 (one of them
+dense) and MTP, on as many devices as there are: all widths, all 256 experts,
+the whole vocabulary. Kernels have their real shapes in their `cases.py`.
 """
 
-import functools
 from collections.abc import Sequence
 
 import jax
@@ -15,15 +14,9 @@ from configs.model import deepseek_v3_671b
 from r1jax import config
 from r1jax.model import config as model_config
 from r1jax.recipe import grpo, pretrain, programs
-from tests.tpu import programs as kernels
 
 # The layers that a program of 671B needs to have one of each kind.
 _FEW_LAYERS = {'num_layers': 4, 'num_dense_layers': 1}
-
-# 8 experts of 1,024 rows each, up and down; all heads of a row of 4,096 tokens.
-experts_up = functools.partial(kernels.megablox, sizes=(8192, 7168, 2048, 8))
-experts_down = functools.partial(kernels.megablox, sizes=(8192, 2048, 7168, 8))
-attention = functools.partial(kernels.splash, sizes=(4096, 4096, 128, 192, 128))
 
 
 def train_step(devices: Sequence[jax.Device]) -> jax.stages.Lowered:
