@@ -79,8 +79,8 @@ def limits(
     receive_factor: 'worst' has room at any skew; a number for so many times
       what arrives when all devices get the same, if each token has as many
       destinations as it may.
-    multiple: What the rows for each device are filled up to: 8 for 'dma' to
-      move tiles as they stand, see `dispatch`.
+    multiple: What the rows for each device are filled up to; 8 for 'dma', see
+      `dispatch`.
 
   Raises:
     ValueError: R does not divide E.
@@ -250,9 +250,9 @@ def dispatch(
     plan: Where they go.
     limits: Sizes; N = limits.rows.
     implementation: 'ragged' (`jax.lax.ragged_all_to_all`, not on a CPU), 'dma'
-      (a kernel for TPUs; with `limits.multiple` of 8 it copies no rows but
-      those it sends) or 'padded' (`jax.lax.all_to_all` of T rows for each pair
-      of devices).
+      (a kernel for TPUs, which wants `limits.multiple` of 8: it moves tiles,
+      and single rows have to be copied before and after) or 'padded'
+      (`jax.lax.all_to_all` of T rows for each pair of devices).
 
   Raises:
     ValueError: An unknown implementation.
@@ -338,16 +338,12 @@ def _ragged(arrays, number_s, spans, limits, num_out):
 
 def _dma(arrays, number_s, spans, limits, num_out):
   """Sends spans of rows in one kernel; see `_padded`."""
-  by_number = number_s is not None and limits.multiple == 1
-  if not by_number:
-    arrays = [_take(rows, number_s) for rows in arrays]
   return expert_all_to_all_ops.ragged_exchange(
-    arrays,
+    [_take(rows, number_s) for rows in arrays],
     num_out,
     *spans,
     axis_name=AXIS,
     implementation='pallas',
-    take_s=number_s if by_number else None,
     multiple=limits.multiple,
   )
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from r1jax import fp8
 from r1jax.model import config as model_config
@@ -168,6 +169,83 @@ def test_ragged_exchange_is_the_padded_one(skew, receive_factor, monkeypatch):
     strict=True,
   ):
     np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize('kind', ['padded', 'ragged'])
+@pytest.mark.parametrize('skew', ['even', 'one device'])
+def test_spans_filled_up_to_tiles_change_nothing(skew, kind, monkeypatch):
+  monkeypatch.setattr(jax.lax, 'ragged_all_to_all', _emulated)
+  args, pull_TD = _inputs(skew)
+  expected = _programs(_CONFIG)[1](*args, pull_TD)
+  monkeypatch.setattr(
+    expert, 'limits', functools.partial(expert.limits, multiple=8)
+  )
+  program = _programs.__wrapped__(_with_exchange(kind=kind))[1]
+  _assert_close(program(*args, pull_TD), expected)
+
+
+def _there_and_back(kind, multiple, receive_factor, in_fp8, tokens, weight_RN):
+  """Tokens that come back weighted, and what that pulls back."""
+  limits = expert.limits(
+    _T,
+    num_ranks=_R,
+    num_experts=_E,
+    top_k=_K,
+    receive_factor=receive_factor,
+    multiple=multiple,
+  )
+  dispatch = expert._dispatch_fp8 if in_fp8 else expert.dispatch
+
+  def on_device(x_TD, expert_TK, pull_TD):
+    plan = expert.plan(expert_TK, _E // _R, limits)
+    weight_N1 = weight_RN[jax.lax.axis_index('expert'), : limits.rows, None]
+
+    def run(x_TD):
+      y_ND = weight_N1 * dispatch(x_TD, plan, limits, kind)
+      return expert.combine(y_ND, plan, limits, kind)
+
+    out_TD, vjp = jax.vjp(run, x_TD)
+    for numbers in (plan.send_R, plan.count_R, plan.place_R, limits.rows):
+      out_TD += jnp.where(jnp.any(numbers % multiple != 0), jnp.nan, 0)
+    return out_TD, vjp(pull_TD)[0], plan.dropped[None]
+
+  run = sharding.per_device(on_device, _mesh(), ('rows',) * 3, 'rows')
+  return jax.jit(run)(*tokens)
+
+
+@pytest.mark.parametrize(
+  ('skew', 'multiple', 'receive_factor', 'in_fp8'),
+  [
+    ('skewed', 1, 'worst', False),
+    ('one device', 8, 0.5, False),
+    ('even', 8, 2.0, True),
+  ],
+)
+def test_dma_is_the_padded_exchange(
+  skew, multiple, receive_factor, in_fp8, monkeypatch
+):
+  exchange = functools.partial(
+    expert.expert_all_to_all_ops.ragged_exchange,
+    interpret=pltpu.InterpretParams(),
+  )
+  monkeypatch.setattr(expert.expert_all_to_all_ops, 'ragged_exchange', exchange)
+  (x_TD, expert_TK, *_), pull_TD = _inputs(skew)
+  weight_RN = jnp.float32(np.random.default_rng(1).normal(size=(_R, 100)))
+  padded, dma = (
+    _there_and_back(
+      kind,
+      multiple,
+      receive_factor,
+      in_fp8,
+      (x_TD, expert_TK, pull_TD),
+      weight_RN,
+    )
+    for kind in ('padded', 'dma')
+  )
+  for a, b in zip(dma, padded, strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-6)
+  assert np.abs(padded[0]).max() > 1 and np.abs(padded[1]).max() > 1
+  assert padded[2].any() == (skew == 'one device')
 
 
 def test_overflow_is_counted_and_spares_the_others():

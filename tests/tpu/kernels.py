@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from pallas_kernels.expert_all_to_all import ops as expert_all_to_all_ops
 from pallas_kernels.grouped_matmul import ops as grouped_matmul_ops
 from pallas_kernels.linear_cross_entropy import ops as linear_cross_entropy_ops
 from pallas_kernels.mla_attention import ops as mla_attention_ops
@@ -139,4 +140,36 @@ def grouped_matmul(devices: Sequence[jax.Device]) -> jax.stages.Lowered:
       _struct((4,), jnp.int32),
       _struct((1000, 512), jnp.bfloat16),
     ),
+  )
+
+
+def expert_all_to_all(devices: Sequence[jax.Device]) -> jax.stages.Lowered:
+  """FP8 rows and their scales in tiles, and single bfloat16 rows."""
+  mesh = Mesh(np.array(devices).reshape(2, -1), ('data', 'expert'))
+  R = mesh.shape['expert']
+  rows = PartitionSpec(('data', 'expert'))
+
+  def run(q_nD, scale_nt, x_nD, *spans):
+    exchange = lambda arrays, multiple: expert_all_to_all_ops.ragged_exchange(
+      arrays,
+      2 * 512,
+      *spans,
+      axis_name='expert',
+      implementation='pallas',
+      multiple=multiple,
+    )
+    return exchange((q_nD, scale_nt), 8), exchange(x_nD, 1)
+
+  def struct(n, *width, dtype=jnp.int32):
+    here = NamedSharding(mesh, rows)
+    return _struct((mesh.size * n, *width), dtype, sharding=here)
+
+  shared = jax.shard_map(
+    run, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False
+  )
+  return jax.jit(shared).lower(
+    struct(512, 1024, dtype=jnp.float8_e4m3fn),
+    struct(512, 8, dtype=jnp.float32),
+    struct(512, 1024, dtype=jnp.bfloat16),
+    *[struct(R)] * 5,
   )

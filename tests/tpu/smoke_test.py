@@ -61,6 +61,13 @@ def test_our_kernels_compile(compile_for_tpu, kernel, most_bytes):
   assert report['flops'] > 0
 
 
+def test_the_exchange_of_tokens_compiles(compile_for_tpu):
+  name = 'kernels:expert_all_to_all'
+  report = compile_for_tpu(_TOPOLOGY, [name])[name]
+  # Single rows are copied before and behind, FP8 and its scales are not.
+  assert report['temp_bytes'] < 3 * 2 * 1024 * 1024
+
+
 def _bytes() -> tuple[int, int]:
   """Of the demo's parameters, and of what its optimizer keeps of them."""
   run = programs.demo_run()

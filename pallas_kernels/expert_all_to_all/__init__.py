@@ -1,0 +1,1 @@
+"""Spans of rows to the devices of a mesh axis: dispatch and combine."""
