@@ -29,16 +29,23 @@ from jax.sharding import Mesh, SingleDeviceSharding  # noqa: E402
 from experiments import kernel_peers, kernel_schedule  # noqa: E402
 from pallas_kernels import common  # noqa: E402
 from pallas_kernels.grouped_matmul import cases as grouped_matmul  # noqa: E402
+from pallas_kernels.grouped_matmul_fp8 import (  # noqa: E402
+  cases as grouped_matmul_fp8,
+)
 from pallas_kernels.linear_cross_entropy import (  # noqa: E402
   cases as linear_cross_entropy,
 )
+from pallas_kernels.matmul_fp8 import cases as matmul_fp8  # noqa: E402
 from pallas_kernels.mla_attention import cases as mla_attention  # noqa: E402
 from pallas_kernels.mla_decode import cases as mla_decode  # noqa: E402
+from pallas_kernels.quantize_fp8 import cases as quantize_fp8  # noqa: E402
+from pallas_kernels.sparse_mla import cases as sparse_mla  # noqa: E402
 from r1jax.parallel import hlo  # noqa: E402
 
 # Modules with a function cases().
 MODULES = (
-  *(grouped_matmul, linear_cross_entropy, mla_attention, mla_decode),
+  *(grouped_matmul, grouped_matmul_fp8, matmul_fp8, quantize_fp8),
+  *(mla_attention, mla_decode, sparse_mla, linear_cross_entropy),
   kernel_peers,
 )
 # Of programs below this share of all cycles, little need be known.

@@ -17,6 +17,8 @@ TILE = quantize_fp8_ops.SIZE
 # How linears and experts multiply: in the compute type, or from FP8 operands
 # with a scale for each tile (V3's recipe) or for each tensor.
 PRECISIONS = ('dtype', 'block_fp8', 'tensor_fp8')
+IMPLEMENTATIONS = linear_fp8_ops.IMPLEMENTATIONS
+Recipe = linear_fp8_ops.Recipe
 _SCALINGS = {'block_fp8': 'block', 'tensor_fp8': 'tensor'}
 
 
@@ -52,17 +54,19 @@ def dequantize_tiles(
   return tiles.dequantized().reshape(q.shape).astype(dtype)
 
 
-def scaling(precision: str) -> str | None:
-  """Of linear_fp8, for one of PRECISIONS; None for products in the dtype."""
-  return _SCALINGS.get(precision)
+def recipe(precision: str, implementation: str) -> Recipe | None:
+  """For one of PRECISIONS; None for products in the compute type."""
+  if precision not in _SCALINGS:
+    return None
+  return Recipe(_SCALINGS[precision], implementation)
 
 
-def weight_dtype(dtype: jnp.dtype, precision: str) -> jnp.dtype:
+def weight_dtype(dtype: jnp.dtype, recipe: Recipe | None) -> jnp.dtype:
   """What weights are read in: FP8 is made of the float32 they are kept in.
 
   So that their gradients are float32, too.
   """
-  return dtype if scaling(precision) is None else jnp.dtype('float32')
+  return dtype if recipe is None else jnp.dtype('float32')
 
 
 def einsum(
@@ -70,7 +74,7 @@ def einsum(
   x: jax.Array,
   w: jax.Array,
   *,
-  precision: str,
+  recipe: Recipe | None,
   power_of_two: bool = False,
 ) -> jax.Array:
   """A linear: jnp.einsum of activations and a weight.
@@ -80,13 +84,13 @@ def einsum(
       the result are x's others, then the weight's others.
     x: Activations.
     w: The weight.
-    precision: One of PRECISIONS.
+    recipe: Of FP8; None for the dtype of x.
     power_of_two: Scales of x are powers of two, in FP8.
 
   Returns:
     In the dtype of x.
   """
-  if scaling(precision) is None:
+  if recipe is None:
     return jnp.einsum(formula, x, w)
   first, order = _parse(formula)
   w = w.transpose(order)
@@ -94,14 +98,14 @@ def einsum(
   y_mn = linear_fp8_ops.linear(
     x.reshape(-1, inner),
     w.reshape(inner, -1),
-    scaling=scaling(precision),
+    recipe=recipe,
     power_of_two=power_of_two,
   )
   return y_mn.reshape(*x.shape[:first], *w.shape[x.ndim - first :])
 
 
 def rounded(
-  formula: str, w: jax.Array, dtype: jnp.dtype, precision: str
+  formula: str, w: jax.Array, dtype: jnp.dtype, recipe: Recipe | None
 ) -> jax.Array:
   """A weight as `einsum` multiplies it, where it is applied in another order.
 
@@ -109,15 +113,15 @@ def rounded(
     formula: That einsum's.
     w: The weight.
     dtype: Of the result.
-    precision: One of PRECISIONS.
+    recipe: As that einsum's.
   """
-  if scaling(precision) is None:
+  if recipe is None:
     return w
   first, order = _parse(formula)
   moved = w.transpose(order)
   num_summed = formula.index(',') - first
   inner = math.prod(moved.shape[:num_summed])
-  flat = linear_fp8_ops.rounded(moved.reshape(inner, -1), scaling(precision))
+  flat = linear_fp8_ops.rounded(moved.reshape(inner, -1), recipe)
   back = sorted(range(len(order)), key=order.__getitem__)
   return flat.reshape(moved.shape).transpose(back).astype(dtype)
 

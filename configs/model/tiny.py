@@ -41,6 +41,7 @@ def get_config(width: str = 'demo') -> ml_collections.ConfigDict:
       'max_length': 256,
       'dtype': 'float32',
       'precision': 'dtype',
+      'fp8_implementation': 'xla',
       'attention_implementation': 'naive',  # 'pallas' on a TPU, also these.
       'decode_implementation': 'xla',
       'head_implementation': 'chunked',

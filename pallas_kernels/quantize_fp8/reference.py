@@ -9,7 +9,7 @@ import jax.numpy as jnp
 E4M3 = jnp.float8_e4m3fn
 LARGEST = 448.0
 SIZE = 128
-_LEAST_AMAX = 1e-4  # A tile of zeros must not have the scale 0.
+LEAST_AMAX = 1e-4  # A tile of zeros must not have the scale 0.
 
 # Rows and columns of a tile; 0 for all of them.
 Tile = tuple[int, int]
@@ -62,6 +62,20 @@ class Quantized:
     return self.q.astype(jnp.float32) * self.wide_scale()
 
 
+def scale_of(amax: jax.Array, power_of_two: bool) -> jax.Array:
+  """The scale of tiles with these largest magnitudes, float32."""
+  scale = jnp.maximum(amax, LEAST_AMAX) / LARGEST
+  if not power_of_two:
+    return scale
+  # From the bits, as log2 rounds: the exponent, one more if there is a rest.
+  mantissa, exponent = jnp.frexp(scale)
+  power = jnp.ldexp(
+    jnp.ones_like(scale), jnp.where(mantissa == 0.5, exponent - 1, exponent)
+  )
+  # Those of nan and inf would be 1: what is not finite must be seen.
+  return jnp.where(jnp.isfinite(scale), power, scale)
+
+
 def quantize(x: jax.Array, tile: Tile, power_of_two: bool) -> Quantized:
   """See ops.quantize."""
   *lead, m, k = x.shape
@@ -70,16 +84,28 @@ def quantize(x: jax.Array, tile: Tile, power_of_two: bool) -> Quantized:
   tiles = jnp.pad(x.astype(jnp.float32), wide).reshape(
     *lead, -(-m // rows), rows, -(-k // columns), columns
   )
-  amax = jnp.maximum(jnp.abs(tiles).max((-3, -1)), _LEAST_AMAX)
-  scale = amax / LARGEST
-  if power_of_two:
-    # From the bits, as log2 rounds: the exponent, one more if there is a rest.
-    mantissa, exponent = jnp.frexp(scale)
-    scale = jnp.ldexp(
-      jnp.ones_like(scale), jnp.where(mantissa == 0.5, exponent - 1, exponent)
-    )
+  scale = scale_of(jnp.abs(tiles).max((-3, -1)), power_of_two)
   # Above 464 a cast gives nan, so it is clipped first.
   wide_scale = scale[..., :, None, :, None]
   scaled = jnp.clip(tiles / wide_scale, -LARGEST, LARGEST)
   q = scaled.astype(E4M3).reshape(*lead, m + wide[-2][1], k + wide[-1][1])
   return Quantized(q[..., :m, :k], scale, tile)
+
+
+def requantize(x: Quantized, power_of_two: bool) -> Quantized:
+  """See ops.requantize."""
+  return quantize(x.dequantized(), COLUMNS, power_of_two)
+
+
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+  """silu(gate) · up in float32, then in the dtype of gate."""
+  gate32 = gate.astype(jnp.float32)
+  out = gate32 * jax.nn.sigmoid(gate32) * up.astype(jnp.float32)
+  return out.astype(gate.dtype)
+
+
+def rms_norm(x: jax.Array, scale_k: jax.Array, eps: float) -> jax.Array:
+  """x / rms(x) · scale in float32, then in the dtype of x."""
+  x32 = x.astype(jnp.float32)
+  inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+  return (x32 * inverse * scale_k).astype(x.dtype)

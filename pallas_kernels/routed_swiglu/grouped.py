@@ -21,7 +21,7 @@ def routed_swiglu(
   max_choices: int,
   matmul: str,
   interpret: bool,
-  scaling: str | None,
+  recipe: linear_fp8_ops.Recipe | None,
 ) -> jax.Array:
   """See ops.routed_swiglu; each expert has whole blocks of rows."""
   layout, size_E = layout_lib.contiguous(
@@ -35,14 +35,14 @@ def routed_swiglu(
     interpret=interpret,
   )
   x_mD = layout_lib.dispatch(x_TD, layout)
-  if scaling is not None:
+  if recipe is not None:
     y_mD = linear_fp8_ops.swiglu(
       x_mD,
       gate_EDF,
       up_EDF,
       down_EFD,
-      linear_fp8_ops.Groups(size_E, block, matmul),
-      scaling=scaling,
+      linear_fp8_ops.Groups(size_E, block),
+      recipe=recipe,
       power_of_two=True,
     )
     return layout_lib.combine(y_mD, weight_TK, layout)

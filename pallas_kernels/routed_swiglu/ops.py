@@ -2,6 +2,7 @@
 
 import jax
 
+from pallas_kernels.linear_fp8 import ops as linear_fp8_ops
 from pallas_kernels.quantize_fp8 import ops as quantize_fp8_ops
 from pallas_kernels.routed_swiglu import grouped, reference, xla
 
@@ -18,7 +19,7 @@ def routed_swiglu(
   *,
   block: int,
   implementation: str,
-  scaling: str | None = None,
+  recipe: linear_fp8_ops.Recipe | None = None,
   mean_choices: int | None = None,
   max_choices: int | None = None,
   interpret: bool = False,
@@ -42,7 +43,7 @@ def routed_swiglu(
       'megablox' (the same through our kernel for TPUs, for blocks of a few
       rows, or JAX's, 512 rows a block to be bound by arithmetic) or
       'reference'.
-    scaling: For products of FP8 operands, see linear_fp8; needs 'grouped' and
+    recipe: For products of FP8 operands; needs 'grouped' and
       whole 128 rows a block.
     mean_choices: How many choices below E to expect; cost only. T · K if None.
     max_choices: How many there may be; T · K if None. Those beyond may be left
@@ -58,7 +59,7 @@ def routed_swiglu(
   """
   if block < 1:
     raise ValueError(f'block={block} must be at least 1')
-  if scaling is not None and (
+  if recipe is not None and (
     implementation != 'grouped' or block % quantize_fp8_ops.SIZE
   ):
     raise ValueError(
@@ -81,11 +82,11 @@ def routed_swiglu(
       mean_rows = max(mean_choices // len(gate_EDF), 1)
       return grouped.routed_swiglu(
         *args,
-        block=min(block, mean_rows) if scaling is None else block,
+        block=min(block, mean_rows) if recipe is None else block,
         max_choices=max_choices,
         matmul='xla',
         interpret=False,
-        scaling=scaling,
+        recipe=recipe,
       )
     case 'pallas' | 'megablox':
       return grouped.routed_swiglu(
@@ -94,7 +95,7 @@ def routed_swiglu(
         max_choices=max_choices,
         matmul=implementation,
         interpret=interpret,
-        scaling=None,
+        recipe=None,
       )
     case 'reference':
       return reference.routed_swiglu(*args).astype(x_TD.dtype)

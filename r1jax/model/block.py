@@ -51,11 +51,11 @@ class Block(nn.Module):
     with jax.named_scope('ffn'):
       h_BTD, metrics = norm('ffn_norm')(x_BTD), None
       if self.is_moe:
-        ffn = moe.Moe(c.moe, c.init_std, dtype, c.precision, name='moe')
+        ffn = moe.Moe(c.moe, c.init_std, dtype, c.recipe, name='moe')
         out_BTD, metrics = ffn(h_BTD, context.keep_BT)
       else:
         ffn = layers.SwiGlu(
-          c.dense_dim, c.init_std, dtype, c.precision, name='ffn'
+          c.dense_dim, c.init_std, dtype, c.recipe, name='ffn'
         )
         out_BTD = ffn(h_BTD)
       x_BTD += out_BTD
@@ -63,7 +63,7 @@ class Block(nn.Module):
 
   def _attention(self) -> nn.Module:
     c = self.config
-    how = c.init_std, jnp.dtype(c.dtype), c.precision
+    how = c.init_std, jnp.dtype(c.dtype), c.recipe
     match c.attention:
       case model_config.MlaConfig():
         return mla.Mla(c.attention, *how, name='attention')

@@ -288,6 +288,11 @@ class ExchangeConfig:
       if value not in valid:
         raise ValueError(f'{name}={value!r}, it must be one of {valid}')
 
+  @property
+  def multiple(self) -> int:
+    """Of the rows that one device sends another: whole tiles, for 'dma'."""
+    return 8 if self.kind == 'dma' else 1
+
   def num_parts(self, num_tokens: int) -> int:
     """Equal parts that so many tokens of a device go in."""
     parts = -(-num_tokens // (self.tokens_at_once or num_tokens))
@@ -407,6 +412,8 @@ class ModelConfig:
       with scales of tiles ('block_fp8', V3's recipe) or of whole tensors
       ('tensor_fp8'). Embedding, head, router, norms, attention itself, the
       projection of MTP and indexers have the compute type.
+    fp8_implementation: Of products of FP8: 'xla' emulates them exactly, on any
+      device, 'pallas' has kernels for TPUs.
     remat: Recompute each block in the backward pass.
     scan_layers: Compile one block per stack and loop, or unroll the loop.
   """
@@ -433,6 +440,7 @@ class ModelConfig:
   decode_implementation: Literal['xla', 'pallas'] = 'xla'
   head_implementation: Literal['chunked', 'pallas'] = 'chunked'
   precision: Literal['dtype', 'block_fp8', 'tensor_fp8'] = 'dtype'
+  fp8_implementation: Literal['xla', 'pallas'] = 'xla'
 
   def __post_init__(self):
     check = functools.partial(config_lib.check_at_least, self)
@@ -459,12 +467,18 @@ class ModelConfig:
       ('attention_implementation', ('naive', 'chunked', 'splash', 'pallas')),
       ('decode_implementation', ('xla', 'pallas')),
       ('head_implementation', ('chunked', 'pallas')),
+      ('fp8_implementation', fp8.IMPLEMENTATIONS),
     ):
       if getattr(self, name) not in valid:
         raise ValueError(
           f'{name}={getattr(self, name)!r}, it must be one of {valid}'
         )
     self._check_kernels()
+
+  @property
+  def recipe(self) -> fp8.Recipe | None:
+    """How products are FP8's; None where they are not."""
+    return fp8.recipe(self.precision, self.fp8_implementation)
 
   def _check_kernels(self):
     """Whether attention is one that the implementations are for."""

@@ -23,7 +23,7 @@ class Gqa(nn.Module):
   norm_eps: float
   init_std: float
   dtype: jnp.dtype
-  precision: str = 'dtype'
+  recipe: fp8.Recipe | None = None
 
   @nn.compact
   def __call__(
@@ -80,13 +80,13 @@ class Gqa(nn.Module):
       (D, H, Q),
       ('embed', 'heads', None),
       std=self.init_std,
-      dtype=fp8.weight_dtype(self.dtype, self.precision),
+      dtype=fp8.weight_dtype(self.dtype, self.recipe),
     )
     out_BTD = fp8.einsum(
       'BTHQ,DHQ->BTD',
       o_BTHQ,
       out_DHQ,
-      precision=self.precision,
+      recipe=self.recipe,
       power_of_two=True,
     )
     return sharding.fan_in(out_BTD), cache, None
@@ -100,11 +100,9 @@ class Gqa(nn.Module):
       (x_BTD.shape[-1], num_heads, c.head_dim),
       ('embed', axis, None),
       std=self.init_std,
-      dtype=fp8.weight_dtype(self.dtype, self.precision),
+      dtype=fp8.weight_dtype(self.dtype, self.recipe),
     )
-    out_BTHQ = fp8.einsum(
-      'BTD,DHQ->BTHQ', x_BTD, w_DHQ, precision=self.precision
-    )
+    out_BTHQ = fp8.einsum('BTD,DHQ->BTHQ', x_BTD, w_DHQ, recipe=self.recipe)
     if c.qkv_bias:
       shape = (num_heads, c.head_dim)
       bias_HQ = param(

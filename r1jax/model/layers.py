@@ -69,7 +69,7 @@ class SwiGlu(nn.Module):
   hidden_dim: int
   init_std: float
   dtype: jnp.dtype
-  precision: str = 'dtype'
+  recipe: fp8.Recipe | None = None
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -78,18 +78,17 @@ class SwiGlu(nn.Module):
       sharding.param,
       self,
       std=self.init_std,
-      dtype=fp8.weight_dtype(self.dtype, self.precision),
+      dtype=fp8.weight_dtype(self.dtype, self.recipe),
     )
     gate_DF = param('gate', (D, F), ('embed', 'mlp'))
     up_DF = param('up', (D, F), ('embed', 'mlp'))
     down_FD = param('down', (F, D), ('mlp', 'embed'))
     x_BTD = sharding.fan_out(x_BTD.astype(self.dtype))
     weights = gate_DF, up_DF, down_FD
-    scaling = fp8.scaling(self.precision)
-    if scaling is None:
+    if self.recipe is None:
       return sharding.fan_in(_swiglu(x_BTD, *weights))
     out_mD = linear_fp8_ops.swiglu(
-      x_BTD.reshape(-1, D), *weights, scaling=scaling
+      x_BTD.reshape(-1, D), *weights, recipe=self.recipe
     )
     return sharding.fan_in(out_mD).reshape(x_BTD.shape)
 

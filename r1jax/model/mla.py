@@ -33,7 +33,7 @@ class Mla(nn.Module):
   config: model_config.MlaConfig
   init_std: float
   dtype: jnp.dtype
-  precision: str = 'dtype'
+  recipe: fp8.Recipe | None = None
 
   @nn.compact
   def __call__(
@@ -64,9 +64,9 @@ class Mla(nn.Module):
       sharding.param,
       self,
       std=self.init_std,
-      dtype=fp8.weight_dtype(self.dtype, self.precision),
+      dtype=fp8.weight_dtype(self.dtype, self.recipe),
     )
-    linear = functools.partial(fp8.einsum, precision=self.precision)
+    linear = functools.partial(fp8.einsum, recipe=self.recipe)
     norm = functools.partial(layers.RmsNorm, c.norm_eps, self.dtype)
     rotate = functools.partial(rope.rotate, interleaved=c.rope.interleaved)
     cos_BTR, sin_BTR = context.cos_sin
@@ -115,7 +115,7 @@ class Mla(nn.Module):
       past = cache.read(layer)
       # Weights as training multiplies them; here activations are not rounded.
       as_trained = functools.partial(
-        fp8.rounded, dtype=self.dtype, precision=self.precision
+        fp8.rounded, dtype=self.dtype, recipe=self.recipe
       )
       k_up_CHN = as_trained('BSC,CHN->BSHN', k_up_CHN)
       v_up_CHU = as_trained('BSC,CHU->BSHU', v_up_CHU)

@@ -54,7 +54,7 @@ class Moe(nn.Module):
   config: model_config.MoeConfig
   init_std: float
   dtype: jnp.dtype
-  precision: str = 'dtype'
+  recipe: fp8.Recipe | None = None
 
   @nn.compact
   def __call__(
@@ -66,7 +66,7 @@ class Moe(nn.Module):
     param = functools.partial(sharding.param, self, std=self.init_std)
     router_DE = param('router', (D, E), ('embed', None))
     param = functools.partial(
-      param, dtype=fp8.weight_dtype(self.dtype, self.precision)
+      param, dtype=fp8.weight_dtype(self.dtype, self.recipe)
     )
     gate_EDF = param('gate', (E, D, F), ('experts', 'expert_embed', 'mlp'))
     up_EDF = param('up', (E, D, F), ('experts', 'expert_embed', 'mlp'))
@@ -103,7 +103,7 @@ class Moe(nn.Module):
         flat(sharding.fan_out(weight_BTK)),
         (gate_EDF, up_EDF, down_EFD),
         c,
-        scaling=fp8.scaling(self.precision),
+        recipe=self.recipe,
         is_placed=is_placed,
       )
       out_BTD = sharding.fan_in(out_TD).reshape(x_BTD.shape)
@@ -117,7 +117,7 @@ class Moe(nn.Module):
         c.num_shared * F,
         self.init_std,
         self.dtype,
-        self.precision,
+        self.recipe,
         name='shared',
       )
       out_BTD = out_BTD + shared(x_BTD)
@@ -125,7 +125,7 @@ class Moe(nn.Module):
 
 
 def _run_experts(
-  x_TD, expert_TK, weight_TK, weights, config, *, scaling=None, is_placed=False
+  x_TD, expert_TK, weight_TK, weights, config, *, recipe=None, is_placed=False
 ):
   """The routed part on one device: its tokens, or what its experts are sent.
 
@@ -136,11 +136,11 @@ def _run_experts(
   c, tokens = config, (x_TD, weight_TK)
   if sharding.axis_size(expert_parallel.AXIS) == 1:
     out_TD = _routed_swiglu(
-      x_TD, expert_TK, weight_TK, weights, c, scaling=scaling
+      x_TD, expert_TK, weight_TK, weights, c, recipe=recipe
     )
     return out_TD, jnp.zeros(())
   run = functools.partial(
-    _exchange, config=c, scaling=scaling, is_placed=is_placed
+    _exchange, config=c, recipe=recipe, is_placed=is_placed
   )
   num_parts = c.exchange.num_parts(len(x_TD))
   if num_parts == 1:
@@ -160,7 +160,7 @@ def _routed_swiglu(x_TD, expert_TK, weight_TK, weights, config, **sizes):
   )
 
 
-def _exchange(tokens, weights, expert_TK, *, config, scaling, is_placed):
+def _exchange(tokens, weights, expert_TK, *, config, recipe, is_placed):
   """Tokens (x, weight) travel to their experts, and the sums back."""
   c, (x_TD, weight_TK) = config, tokens
   num_local = weights[0].shape[0]
@@ -174,6 +174,7 @@ def _exchange(tokens, weights, expert_TK, *, config, scaling, is_placed):
     num_groups=1 if is_placed else c.num_groups,
     top_groups=1 if is_placed else c.top_groups,
     receive_factor=c.exchange.receive_factor,
+    multiple=c.exchange.multiple,
   )
   plan = expert_parallel.plan(expert_TK, num_local, limits)
   x_ND, expert_NK, weight_NK = expert_parallel.send(
@@ -192,7 +193,7 @@ def _exchange(tokens, weights, expert_TK, *, config, scaling, is_placed):
     weight_NK,
     weights,
     c,
-    scaling=scaling,
+    recipe=recipe,
     mean_choices=T * K,
     max_choices=limits.choices,
   )

@@ -402,7 +402,7 @@ def shardings(config: model_config.ModelConfig, mesh: jax.sharding.Mesh) -> Any:
     ValueError: As `sharding.tree_shardings`, or the devices of `tensor` would
       have parts of FP8's tiles.
   """
-  if fp8.scaling(config.precision) == 'block':
+  if config.precision == 'block_fp8':
     _check_tiles(config, mesh.shape['tensor'])
   return sharding.tree_shardings(mesh, abstract(config))
 

@@ -28,9 +28,9 @@ from r1jax.train import workdir as workdir_lib
 # is computed, and what is added or left out.
 _MAY_DIFFER = (
   *('dtype', 'precision', 'remat', 'scan_layers', 'init_std', 'max_length'),
-  *('mtp_depth', 'attention.indexer', 'attention_implementation'),
-  *('decode_implementation', 'head_implementation'),
-  *('moe.block', 'moe.implementation'),
+  *('mtp_depth', 'attention.indexer', 'moe.block', 'moe.implementation'),
+  *('attention_implementation', 'decode_implementation'),
+  *('fp8_implementation', 'head_implementation'),
 )
 
 

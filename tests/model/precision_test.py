@@ -91,19 +91,19 @@ def test_einsum_is_the_linear_of_flattened_axes():
   rng = np.random.default_rng(0)
   x = rng.normal(size=(2, 5, 3, 64)).astype(np.float32)
   w = rng.normal(size=(40, 3, 64)).astype(np.float32)
-  run = functools.partial(fp8.einsum, 'BTHU,DHU->BTD', precision='block_fp8')
+  run = functools.partial(fp8.einsum, 'BTHU,DHU->BTD', recipe=fp8.Recipe())
   flat = fp8.einsum(
     'mk,kn->mn',
     x.reshape(10, -1),
     np.ascontiguousarray(w.reshape(40, -1).T),
-    precision='block_fp8',
+    recipe=fp8.Recipe(),
   )
   np.testing.assert_allclose(run(x, w).reshape(10, -1), flat, rtol=1e-5)
-  rounded = fp8.rounded('BTHU,DHU->BTD', w, jnp.float32, 'block_fp8')
+  rounded = fp8.rounded('BTHU,DHU->BTD', w, jnp.float32, fp8.Recipe())
   assert rounded.shape == w.shape
   np.testing.assert_allclose(rounded, w, rtol=0.07, atol=1e-2)
   with pytest.raises(ValueError, match='is no linear'):
-    fp8.einsum('TD,DF->FT', x[0, 0], w[0].T, precision='block_fp8')
+    fp8.einsum('TD,DF->FT', x[0, 0], w[0].T, recipe=fp8.Recipe())
 
 
 def test_a_sampler_is_near_its_trainer():
@@ -138,8 +138,8 @@ def test_experts_are_near_and_so_are_their_gradients():
     ),
   )
 
-  @functools.partial(jax.jit, static_argnames='scaling')
-  def run(scaling):
+  @functools.partial(jax.jit, static_argnames='recipe')
+  def run(recipe):
     def out(x_TD, weight_TK, *weights):
       return routed_swiglu_ops.routed_swiglu(
         x_TD,
@@ -148,19 +148,19 @@ def test_experts_are_near_and_so_are_their_gradients():
         *weights,
         block=128,
         implementation='grouped',
-        scaling=scaling,
+        recipe=recipe,
       )
 
     y_TD, vjp = jax.vjp(out, args[0], *args[2:])
     return y_TD, *vjp(args[0])
 
-  for got, wanted in zip(run('block'), run(None), strict=True):
+  for got, wanted in zip(run(fp8.Recipe()), run(None), strict=True):
     error = jnp.linalg.norm((got - wanted).ravel())
     error /= jnp.linalg.norm(wanted.ravel())
     assert 0.005 < error < 0.1
   with pytest.raises(ValueError, match="implementation='xla', block=32: FP8"):
     routed_swiglu_ops.routed_swiglu(
-      *args, block=32, implementation='xla', scaling='block'
+      *args, block=32, implementation='xla', recipe=fp8.Recipe()
     )
 
 

@@ -54,7 +54,7 @@ def test_a_linear_and_its_gradients_are_the_three_products(
   x, w, pull = _draw((_M, _K), (_K, _N), (_M, _N))
   rows, columns, blocks = _rounding(scaling)
   run = functools.partial(
-    ops.linear, scaling=scaling, power_of_two=power_of_two
+    ops.linear, recipe=ops.Recipe(scaling), power_of_two=power_of_two
   )
   y, vjp = jax.vjp(run, x, w)
   grad_x, grad_w = vjp(pull)
@@ -71,7 +71,9 @@ def test_a_swiglu_keeps_fp8_and_computes_its_activation_again(scaling):
     (_M, _K), (_K, _N), (_K, _N), (_N, _K), (_M, _K)
   )
   rows, columns, blocks = _rounding(scaling)
-  run = functools.partial(ops.swiglu, scaling=scaling, power_of_two=True)
+  run = functools.partial(
+    ops.swiglu, recipe=ops.Recipe(scaling), power_of_two=True
+  )
   y, vjp = jax.vjp(run, x, gate, up, down)
   got = vjp(pull)
   act = lambda g, u: jax.nn.silu(g) * u
@@ -89,11 +91,43 @@ def test_a_swiglu_keeps_fp8_and_computes_its_activation_again(scaling):
 
 def test_what_is_kept_of_activations_is_fp8():
   x, gate, up, down = _draw((_M, _K), (_K, _N), (_K, _N), (_N, _K))
-  _, vjp = jax.vjp(lambda x: ops.swiglu(x, gate, up, down), x)
+  _, vjp = jax.vjp(
+    lambda x: ops.swiglu(x, gate, up, down, recipe=ops.Recipe()), x
+  )
   kept = [a for a in jax.tree.leaves(vjp) if hasattr(a, 'dtype')]
   assert sum(a.dtype == jnp.float8_e4m3fn for a in kept) == 3
   wide = [a.shape for a in kept if a.dtype != jnp.float8_e4m3fn]
   assert (_M, _K) not in wide and (_M, _N) not in wide
+
+
+@functools.partial(jax.jit, static_argnames=('function', 'recipe'))
+def _with_gradients(args, pull, groups, function, recipe):
+  """Arrays are arguments: XLA folds products of constant FP8 wrongly."""
+  run = lambda *args: function(*args, groups, recipe=recipe, power_of_two=True)
+  y, vjp = jax.vjp(run, *args)
+  return y, *vjp(pull)
+
+
+def _assert_kernels_do_the_same(*args):
+  kernels = ops.Recipe(implementation='pallas', interpret=True)
+  got = _with_gradients(*args, kernels)
+  for one, wanted in zip(
+    got, _with_gradients(*args, ops.Recipe()), strict=True
+  ):
+    _close(one, wanted)
+
+
+def test_kernels_are_their_emulation_in_a_linear():
+  *args, pull = _draw((_M, _K), (_K, _N), (_M, _N))
+  _assert_kernels_do_the_same(args, pull, None, ops.linear)
+
+
+@pytest.mark.slow
+def test_kernels_are_their_emulation_in_groups():
+  widths = (2, _K, _N), (2, _K, _N), (2, _N, _K)
+  *args, pull = _draw((_M, _K), *widths, (_M, _K))
+  groups = ops.Groups(jnp.int32([128, 128]), 128)
+  _assert_kernels_do_the_same(args, pull, groups, ops.swiglu)
 
 
 @pytest.mark.parametrize('scaling', ops.SCALINGS)
@@ -102,8 +136,8 @@ def test_groups_of_rows_have_linears_of_their_own(scaling):
   x, gate, up, down, pull = _draw(
     (384, _K), (3, _K, _N), (3, _K, _N), (3, _N, _K), (384, _K)
   )
-  groups = ops.Groups(np.int32(sizes), 128, 'xla')
-  run = lambda *args: ops.swiglu(*args, groups, scaling=scaling)
+  groups = ops.Groups(np.int32(sizes), 128)
+  run = lambda *args: ops.swiglu(*args, groups, recipe=ops.Recipe(scaling))
   y, vjp = jax.vjp(run, x, gate, up, down)
   grads = vjp(pull)
   start = 0
@@ -117,7 +151,7 @@ def test_groups_of_rows_have_linears_of_their_own(scaling):
     if scaling == 'tensor':
       continue
     y_i, vjp_i = jax.vjp(
-      functools.partial(ops.swiglu, scaling=scaling),
+      functools.partial(ops.swiglu, recipe=ops.Recipe(scaling)),
       x[part],
       gate[i],
       up[i],
@@ -133,7 +167,7 @@ def test_groups_of_rows_have_linears_of_their_own(scaling):
 def test_gradients_of_weights_are_float32_of_bfloat16_activations():
   x, w, pull = _draw((_M, _K), (_K, _N), (_M, _N))
   x, pull = jnp.asarray(x, jnp.bfloat16), jnp.asarray(pull, jnp.bfloat16)
-  y, vjp = jax.vjp(ops.linear, x, w)
+  y, vjp = jax.vjp(functools.partial(ops.linear, recipe=ops.Recipe()), x, w)
   grad_x, grad_w = vjp(pull)
   assert (y.dtype, grad_x.dtype) == (jnp.bfloat16, jnp.bfloat16)
   assert grad_w.dtype == jnp.float32
@@ -142,6 +176,5 @@ def test_gradients_of_weights_are_float32_of_bfloat16_activations():
 
 
 def test_an_unknown_scaling_is_named():
-  x, w = _draw((2, 3), (3, 2))
   with pytest.raises(ValueError, match="scaling='channel'.*block, tensor"):
-    ops.linear(x, w, scaling='channel')
+    ops.Recipe('channel')

@@ -20,7 +20,8 @@ _KERNELS = {
 
 def _base(with_kernels):
   config = pretrain_config.get_config()
-  config.update(batch_size=2, eval_rows=2)
+  config.update(batch_size=2, eval_rows=2, mtp_coef=0.0)
+  config.model.update(num_layers=2, mtp_depth=0)  # Interpreters are slow.
   config.model.attention.kv_lora_rank = 128  # mla_decode's least.
   config.train.num_steps = 3
   if with_kernels:
@@ -54,9 +55,7 @@ def _figures(workdir, *, with_kernels):
   found = {}
   for name, of in (
     ('train/loss', base),
-    ('mtp/loss', base),
     ('train/grad_norm', base),
-    ('train/grad_norm', policy),
     ('rl/entropy', policy),
     ('rl/reward', policy),
     ('rl/length', policy),
