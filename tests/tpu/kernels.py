@@ -10,8 +10,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pallas_kernels.expert_all_to_all import ops as expert_all_to_all_ops
 from pallas_kernels.grouped_matmul import ops as grouped_matmul_ops
 from pallas_kernels.linear_cross_entropy import ops as linear_cross_entropy_ops
+from pallas_kernels.linear_fp8 import ops as linear_fp8_ops
 from pallas_kernels.mla_attention import ops as mla_attention_ops
 from pallas_kernels.mla_decode import ops as mla_decode_ops
+from pallas_kernels.sparse_mla import ops as sparse_mla_ops
 
 _struct = jax.ShapeDtypeStruct
 
@@ -139,6 +141,67 @@ def grouped_matmul(devices: Sequence[jax.Device]) -> jax.stages.Lowered:
       _struct((4, 256, 512), jnp.bfloat16),
       _struct((4,), jnp.int32),
       _struct((1000, 512), jnp.bfloat16),
+    ),
+  )
+
+
+def linear_fp8(devices: Sequence[jax.Device]) -> jax.stages.Lowered:
+  """A SwiGLU with its gradients: quantised twice over, and all its products."""
+  return _swiglu_fp8(devices, (), lambda: None)
+
+
+def grouped_fp8(devices: Sequence[jax.Device]) -> jax.stages.Lowered:
+  """The same of four groups of 128 rows and more."""
+  size_g = jnp.int32([128, 0, 256, 128])
+  return _swiglu_fp8(
+    devices, (4,), lambda: linear_fp8_ops.Groups(size_g, block=128)
+  )
+
+
+def _swiglu_fp8(devices, groups, make_groups):
+  m, k, n = 512, 256, 384
+
+  def run(x_mk, gate, up, down, pull_mk):
+    y_mk, vjp = jax.vjp(
+      lambda *args: linear_fp8_ops.swiglu(
+        *args,
+        make_groups(),
+        recipe=linear_fp8_ops.Recipe(implementation='pallas'),
+      ),
+      *(x_mk, gate, up, down),
+    )
+    return y_mk, vjp(pull_mk)
+
+  rows = _struct((m, k), jnp.bfloat16)
+  weight = lambda *shape: _struct((*groups, *shape), jnp.float32)
+  return lower(
+    devices, run, (rows, weight(k, n), weight(k, n), weight(n, k), rows)
+  )
+
+
+def sparse_mla(devices: Sequence[jax.Device]) -> jax.stages.Lowered:
+  """The indexer, its choice, and attention of 128 tokens to 256 of 1,024."""
+  T, S, J, I, H, C, R = 128, 1024, 16, 128, 16, 512, 64
+
+  def run(q_BTJI, k_BSI, weight_BTJ, q_BTHC, latent_BSC):
+    end_BT = jnp.arange(S - T + 1, S + 1)[None]
+    logits_BTS = sparse_mla_ops.index_logits(
+      q_BTJI, k_BSI, weight_BTJ, end_BT=end_BT
+    )
+    index_BTK = sparse_mla_ops.top_k(logits_BTS, 256)
+    return sparse_mla_ops.sparse_mla(
+      q_BTHC, latent_BSC, index_BTK, value_dim=C, scale=192**-0.5
+    )
+
+  return lower(
+    devices,
+    run,
+    (
+      _struct((1, T, J, I), jnp.bfloat16),
+      _struct((1, S, I), jnp.bfloat16),
+      _struct((1, T, J), jnp.float32),
+      _struct((1, T, H, C + 128), jnp.bfloat16),
+      _struct((1, S, C + R), jnp.bfloat16),
     ),
   )
 

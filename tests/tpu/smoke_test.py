@@ -50,6 +50,9 @@ def test_splash_compiles_with_its_gradient_and_without_scores(compile_for_tpu):
   [
     ('grouped_matmul', 1000 * 4 * 512 * 4),  # All rows by all weights.
     ('linear_cross_entropy', 600 * 4100 * 4),  # Logits.
+    ('linear_fp8', 8 << 20),  # Some copies of what comes and leaves.
+    ('grouped_fp8', 8 << 20),
+    ('sparse_mla', 128 * 256 * 1280),  # The tokens of each query.
     ('mla_attention', 4 * 1024 * 1024 * 4),  # Scores.
     ('mla_decode', 8 * 2048 * 576 * 2),  # The cache.
   ],

@@ -1,0 +1,1 @@
+"""DeepSeek sparse attention: indexer, selection and attention (DSA)."""
