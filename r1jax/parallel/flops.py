@@ -26,8 +26,8 @@ def per_device(
   Args:
     program: The jaxpr of the whole.
     num_devices: How many run it.
-    num_rows: Rows that kernels find whose grid ends where the rows do, as
-      grouped matmuls have it; None for all that there is room for.
+    num_rows: Rows that grouped matmuls find, whose kernels end where the rows
+      do; None for all that there is room for.
   """
   return _count(program.jaxpr, 1 / num_devices, num_rows)
 
@@ -71,7 +71,9 @@ def _of_kernel(eqn: core.JaxprEqn, num_rows: int | None) -> float:
   estimate = params.get('cost_estimate')
   if estimate is None or not estimate.flops:
     return math.prod(known) * _count(params['jaxpr'], 1.0, None)
-  if num_rows is None or len(known) == len(grid):
+  name = str(params.get('name') or params.get('name_and_src_info'))
+  ends_with_rows = len(known) < len(grid) or name.startswith('grouped_')
+  if num_rows is None or not ends_with_rows:
     return estimate.flops
   room = next(x.aval.shape[0] for x in eqn.invars if x.aval.ndim == 2)
   return estimate.flops * min(num_rows / room, 1.0)

@@ -81,14 +81,15 @@ def test_a_kernel_counts_what_it_says_or_its_grid(estimate):
   assert _count(run, (24, 8)) == (estimate or 3 * 2 * 8**3)
 
 
-def test_a_grouped_product_counts_the_rows_it_finds():
+@pytest.mark.parametrize('implementation', ['megablox', 'pallas'])
+def test_a_grouped_product_counts_the_rows_it_finds(implementation):
   def run(x_mk, w_gkn):
     return ops.grouped_matmul(
       x_mk,
       w_gkn,
       size_g=jnp.array([128, 0]),
       block=128,
-      implementation='megablox',
+      implementation=implementation,
       interpret=False,
     )
 
