@@ -14,6 +14,7 @@ from pallas_kernels import common
 from pallas_kernels.grouped_matmul import plan as plan_lib
 from pallas_kernels.grouped_matmul_fp8 import blocks as blocks_lib
 from pallas_kernels.grouped_matmul_fp8 import kernel, ops
+from pallas_kernels.grouped_matmul_fp8 import outer as outer_kernel
 from pallas_kernels.quantize_fp8 import ops as quantize_fp8_ops
 
 # k, n: gate and up side by side, and down.
@@ -127,7 +128,7 @@ def _scalars(sizes, m, outer, room):
       visit_empty=outer,
     )
   )(jnp.int32(start_g), size_g)
-  names = kernel.OUTER_PLAN if outer else kernel.PRODUCT_PLAN
+  names = outer_kernel.PLAN if outer else kernel.PLAN
   values = [np.asarray(getattr(made, name)) for name in names]
   if not outer:
     values.append(np.int32([start_g[-1] + sizes[-1]]))

@@ -6,7 +6,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.grouped_matmul import ops as grouped_matmul_ops
 from pallas_kernels.grouped_matmul_fp8 import blocks as blocks_lib
-from pallas_kernels.grouped_matmul_fp8 import kernel, reference
+from pallas_kernels.grouped_matmul_fp8 import kernel, outer, reference
 from pallas_kernels.quantize_fp8 import ops as quantize_fp8_ops
 
 IMPLEMENTATIONS = ('pallas', 'xla', 'reference')
@@ -203,7 +203,7 @@ def grouped_outer_fp8(
       )
       blocks = blocks or blocks_lib.outer(k_up, n_up, on)
       blocks.check(k_up, n_up)
-      out_gkn = kernel.outer(
+      out_gkn = outer.outer(
         *(_padded(x.q, -1), _padded(_wide(x, _COLUMNS), -1)),
         *(_padded(y.q, -1), _padded(_wide(y, _COLUMNS), -1)),
         size_g,

@@ -15,9 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.matmul_fp8 import blocks as blocks_lib
+from pallas_kernels.matmul_fp8 import tile as tile_lib
 
-_SIZE = 128  # Of k, for which a scale holds.
-_CHUNK, _LANES = blocks_lib.CHUNK, blocks_lib.LANES
+_CHUNK, _LANES, _SIZE = blocks_lib.CHUNK, blocks_lib.LANES, tile_lib.SIZE
 
 
 def _matmul_kernel(
@@ -35,10 +35,9 @@ def _matmul_kernel(
   a_ref [bm, bk] or [bk, bm], scale_a_ref [bk/128, bm], b_ref [bn, bk] or
   [bk, bn], scale_b_ref [1, 1, bk/128, bn/128] or by column [bk/128, bn] and
   perhaps add_ref [bm, bn] -> o_ref [bm, bn], these and total_ref [bn, bm] if
-  transposed. In VMEM scale_ref, the products of
-  both scales [bn/128, bk/128, bm], or by column those of b in all lanes
-  [bk/128, bn, 128]; b_nk_ref [bn, bk], if b is [bk, bn]; total_ref [bm, bn]
-  f32, if k has several steps.
+  transposed. In VMEM scale_ref, the products of both scales [bn/128, bk/128,
+  bm], or by column those of b in all lanes [bk/128, bn, 128]; b_nk_ref [bn,
+  bk], if b is [bk, bn]; total_ref [bm, bn] f32, if k has several steps.
   """
   refs = list(refs)
   a_ref, scale_a_ref, b_ref, scale_b_ref = refs[:4]
@@ -55,13 +54,7 @@ def _matmul_kernel(
   def load_columns():
     """Puts a new tile of b as it is used."""
     if b_nk_ref is not b_ref:
-      unit = 512 if depth % 512 == 0 else _SIZE
-
-      @pl.loop(0, depth // unit)
-      def _transpose(i):
-        part = pl.ds(pl.multiple_of(i * unit, unit), unit)
-        b_nk_ref[:, part] = b_ref[part, :].T
-
+      tile_lib.transpose(b_ref, b_nk_ref, depth)
     if by_column:
       scale_ref[...] = jnp.broadcast_to(
         scale_b_ref[...][:, :, None], scale_ref.shape
@@ -73,39 +66,25 @@ def _matmul_kernel(
     for i in range(blocks.columns // _LANES):
       scale_ref[i] = scale_a_ref[...] * scale_b_ref[0, 0, :, i : i + 1]
 
-  def product(rows, columns, part, is_halved):
-    """b · aᵀ of 128 of k, [128, 256]."""
-    a = a_ref[rows, part] if contract[0] == 1 else a_ref[part, rows]
-    size = _LANES // 2 if is_halved else _LANES
-    return jnp.concatenate(
-      [
-        lax.dot_general(
-          b_nk_ref[pl.ds(columns.start + i, size), part],
-          a,
-          (((1,), (contract[0],)), ((), ())),
-          preferred_element_type=jnp.float32,
-        )
-        for i in range(0, _LANES, size)
-      ]
-    )
-
   def tile(rows, columns, stripe, number):
     """A sum over this step's k, [128, 256]; the number of it in the code."""
-    total = None
-    for i in range(depth // _SIZE):
-      part = slice(i * _SIZE, (i + 1) * _SIZE)
-      halved, of = blocks.halved
-      place = number * (depth // _SIZE) + i
-      is_halved = place % of >= of - halved
-      scaled = product(rows, columns, part, is_halved)
-      if by_column:
-        wide = scale_ref[i, columns, :]
-        wide = jnp.concatenate([wide] * (_CHUNK // _LANES), axis=1)
-        scaled *= wide * scale_a_ref[i : i + 1, rows]
-      else:
-        scaled *= scale_ref[stripe, i : i + 1, rows]
-      total = scaled if total is None else total + scaled
-    return total
+
+    def scaled(i, product):
+      if not by_column:
+        return product * scale_ref[stripe, i : i + 1, rows]
+      wide = tile_lib.in_lanes(scale_ref[i, columns, :], _CHUNK)
+      return product * (wide * scale_a_ref[i : i + 1, rows])
+
+    return tile_lib.total(
+      b_nk_ref,
+      columns.start,
+      lambda part: a_ref[rows, part] if contract[0] == 1 else a_ref[part, rows],
+      contract[0],
+      scaled,
+      depth // _SIZE,
+      blocks.halved,
+      number * (depth // _SIZE),
+    )
 
   def store(at, total):
     if steps_k > 1:
