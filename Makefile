@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest
 FAST := not slow and not tpu and not tpu_smoke
 SLOW := slow and not tpu and not tpu_smoke
 # Two folders of tests run at a time, those that take longest first.
-LONGEST := recipe experiments parallel model
+LONGEST := pallas_kernels recipe experiments parallel model
 FOLDERS := $(LONGEST) $(filter-out $(LONGEST) __pycache__, \
   $(notdir $(patsubst %/,%,$(wildcard tests/*/)))) top
 # Each folder's output in one piece, where make can (4.0).
