@@ -109,7 +109,8 @@ def measure(case: common.Case, generation: str, dump: str) -> dict[str, Any]:
     RuntimeError: The schedule cannot be read.
   """
   compiled = compile_case(case, generation, dump)
-  total = add_up(list(read_dump(dump, generation, case.scalars)))
+  scalars = case.scalars() if callable(case.scalars) else case.scalars
+  total = add_up(list(read_dump(dump, generation, scalars)))
   total['dma_bytes'] += prefetched_bytes(compiled.as_text())
   mxu = kernel_schedule.mxu_cycles(generation, case.flops, case.dtype)
   hbm, dma = (

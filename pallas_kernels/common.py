@@ -24,7 +24,8 @@ class Case:
     donate: Numbers of the arguments updated in place.
     scalars: Values of the kernel's scalar arguments that control flow reads,
       by their place among the operands of the `pallas_call`, for each regular
-      expression of a kernel's name: where time depends on them.
+      expression of a kernel's name: where time depends on them. A function
+      without arguments where it takes time to find them.
     generations: Those it is for; () for all.
   """
 
@@ -37,7 +38,8 @@ class Case:
   hbm_bytes: float
   dtype: str = 'bfloat16'
   donate: tuple[int, ...] = ()
-  scalars: Mapping[str, Mapping[int, Any]] = dataclasses.field(
-    default_factory=dict
-  )
+  scalars: (
+    Mapping[str, Mapping[int, Any]]
+    | Callable[[], Mapping[str, Mapping[int, Any]]]
+  ) = dataclasses.field(default_factory=dict)
   generations: tuple[str, ...] = ()

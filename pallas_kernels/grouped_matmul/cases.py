@@ -80,8 +80,8 @@ def _contiguous(generation, ending, sizes, widths, block):
       args=given,
       flops=2 * m * k * n,
       hbm_bytes=_ITEMSIZE * (m * k + g * k * n + m * n),
-      scalars=_scalars(
-        start_g, sizes, m, sizes_of.heights, name == 'grad_weights'
+      scalars=functools.partial(
+        _scalars, start_g, sizes, m, sizes_of.heights, name == 'grad_weights'
       ),
       generations=(generation,),
     )
@@ -108,7 +108,8 @@ def _masked(generation, ending, widths):
     ),
     flops=2 * m * k * n,
     hbm_bytes=_ITEMSIZE * (m * k + np.count_nonzero(_DECODED) * k * n + m * n),
-    scalars=_scalars(
+    scalars=functools.partial(
+      _scalars,
       tuple(range(0, _ROOM * g, _ROOM)),
       _DECODED,
       _ROOM * g,

@@ -81,7 +81,9 @@ def _contiguous(ending, sizes, widths):
       flops=2 * m * k * n,
       hbm_bytes=_bytes(x) + _bytes(y) + out_bytes,
       dtype='float8_e4m3fn',
-      scalars=_scalars(sizes, m, name == 'grad_weights', None),
+      scalars=functools.partial(
+        _scalars, sizes, m, name == 'grad_weights', None
+      ),
     )
 
 
@@ -106,7 +108,7 @@ def _masked(ending, widths):
     + np.count_nonzero(_DECODED) * _bytes(w) // g
     + 2 * m * n,
     dtype='float8_e4m3fn',
-    scalars=_scalars(_DECODED, g * _ROOM, False, _ROOM),
+    scalars=functools.partial(_scalars, _DECODED, g * _ROOM, False, _ROOM),
   )
 
 
