@@ -57,6 +57,8 @@ def get_config() -> ml_collections.ConfigDict:
       'init_std': 0.006,
       'max_length': 163840,  # tokens
       'dtype': 'bfloat16',
+      'precision': 'dtype',  # V3: 'block_fp8'.
+      'fp8_implementation': 'xla',
       'attention_implementation': 'naive',  # These are chosen for the devices
       'decode_implementation': 'xla',  # of a run, see configs/pretrain_671b.py.
       'head_implementation': 'chunked',
