@@ -61,3 +61,36 @@ def check_context(name: str, tokens: int, mesh: jax.sharding.Mesh) -> None:
     raise config_lib.UserError(
       f'{name}={tokens} must be a multiple of mesh.context={parts}'
     )
+
+
+# What a kernel for TPUs does, and what does it on any device.
+_ON_TPU_ONLY = {
+  'attention_implementation': (('pallas', 'splash'), "'naive' or 'chunked'"),
+  'decode_implementation': (('pallas',), "'xla'"),
+  'head_implementation': (('pallas',), "'chunked'"),
+  'fp8_implementation': (('pallas',), "'xla'"),
+  'moe.implementation': (('pallas', 'megablox'), "'xla' or 'grouped'"),
+  'moe.exchange.kind': (('dma',), "'padded'"),
+}
+
+
+def check_kernels(
+  model: model_config.ModelConfig, mesh: jax.sharding.Mesh
+) -> None:
+  """Kernels for TPUs need TPUs.
+
+  Raises:
+    UserError: The devices are others.
+  """
+  platform = mesh.devices.flat[0].platform
+  if platform == 'tpu':
+    return
+  for name, (kernels, would_do) in _ON_TPU_ONLY.items():
+    value = model
+    for part in name.split('.'):
+      value = getattr(value, part, None)
+    if value in kernels:
+      raise config_lib.UserError(
+        f'model.{name}={value!r} is a kernel for TPUs, and these devices are '
+        f'{platform}: {would_do} would do'
+      )

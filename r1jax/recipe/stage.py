@@ -16,7 +16,13 @@ from r1jax.model import transformer
 from r1jax.parallel import mesh as mesh_lib
 from r1jax.parallel import overlap, sharding
 from r1jax.parallel import pipeline as pipeline_lib
-from r1jax.recipe import objective, origin, pipelined, tokenizer_files
+from r1jax.recipe import (
+  config_check,
+  objective,
+  origin,
+  pipelined,
+  tokenizer_files,
+)
 from r1jax.train import checkpoint, loop, metrics, optimizer, progress
 from r1jax.train import state as state_lib
 from r1jax.train import step as step_lib
@@ -107,6 +113,7 @@ class Stage:
   pipeline: pipeline_lib.PipelineConfig = pipeline_lib.PipelineConfig()
 
   def __post_init__(self):
+    config_check.check_kernels(self.model, self.mesh)
     self.optimizer = optimizer.make_optimizer(
       self.optim, self.train.num_steps, untrained=self.untrained
     )

@@ -1,5 +1,8 @@
 """The demo's model trained with every kernel, interpreted, and without."""
 
+import dataclasses
+from unittest import mock
+
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
@@ -7,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 from configs import pretrain as pretrain_config
 from configs import r1_zero
 from r1jax import config as config_lib
-from r1jax.recipe import grpo, pretrain
+from r1jax.recipe import config_check, grpo, pretrain
 from r1jax.train import metrics
 from tests.recipe import micro
 
@@ -49,7 +52,11 @@ def _policy(init_from):
 def _figures(workdir, *, with_kernels):
   """Of the steps of both stages, by name."""
   base, policy = str(workdir / 'base'), str(workdir / 'policy')
-  with micro.on(micro.one_device()), pltpu.force_tpu_interpret_mode():
+  with (
+    micro.on(micro.one_device()),
+    pltpu.force_tpu_interpret_mode(),
+    mock.patch.object(config_check, 'check_kernels', lambda *args: None),
+  ):
     pretrain.run(_base(with_kernels), base)
     grpo.run(_policy(base), policy)
   found = {}
@@ -75,3 +82,27 @@ def test_both_stages_go_the_same_way(tmp_path):
     np.testing.assert_allclose(
       kernels[name], expected, rtol=2e-4, atol=1e-6, err_msg=str(name)
     )
+
+
+@pytest.mark.parametrize(
+  ('changes', 'said'),
+  [
+    (
+      {'attention_implementation': 'pallas'},
+      "model.attention_implementation='pallas' is a kernel for TPUs, and these "
+      "devices are cpu: 'naive' or 'chunked' would do",
+    ),
+    ({'head_implementation': 'pallas'}, "'chunked' would do"),
+    (
+      {
+        'moe': dataclasses.replace(micro.model().moe, implementation='megablox')
+      },
+      "model.moe.implementation='megablox' is",
+    ),
+  ],
+)
+def test_kernels_for_tpus_need_tpus(changes, said):
+  model = dataclasses.replace(micro.model(), **changes)
+  with pytest.raises(config_lib.UserError, match=said):
+    config_check.check_kernels(model, micro.one_device())
+  config_check.check_kernels(micro.model(), micro.one_device())
