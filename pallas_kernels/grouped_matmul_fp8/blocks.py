@@ -5,7 +5,8 @@ import dataclasses
 from pallas_kernels.matmul_fp8 import blocks as matmul_fp8_blocks
 
 LANES, CHUNK = matmul_fp8_blocks.LANES, matmul_fp8_blocks.CHUNK
-Chip, chip = matmul_fp8_blocks.Chip, matmul_fp8_blocks.chip
+Chip = matmul_fp8_blocks.Chip
+chip_with_fp8 = matmul_fp8_blocks.chip_with_fp8
 _MIB = 2**20
 # Cycles of the matrix units in one piece of straight-line code: some 500 are
 # lost at its ends, and it takes long to compile.

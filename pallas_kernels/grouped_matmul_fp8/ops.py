@@ -11,7 +11,6 @@ from pallas_kernels.quantize_fp8 import ops as quantize_fp8_ops
 
 IMPLEMENTATIONS = ('pallas', 'xla', 'reference')
 _SIZE = quantize_fp8_ops.SIZE
-_OLDEST = 5  # Generation of TPUs whose matrix units take e4m3.
 _ROWS, _COLUMNS, _BLOCKS, _TENSOR = (
   quantize_fp8_ops.ROWS,
   quantize_fp8_ops.COLUMNS,
@@ -197,7 +196,7 @@ def grouped_outer_fp8(
   _check_tile('y', y, _COLUMNS)
   match implementation:
     case 'pallas':
-      on = _chip()
+      on = blocks_lib.chip_with_fp8()
       (k, n), (k_up, n_up) = (
         tuple(size(z.shape[1]) for z in (x, y)) for size in (int, _up)
       )
@@ -238,7 +237,7 @@ def _within(x, size_g):
 
 def _multiply(x, w, start_g, size_g, transposed, most, **options):
   """Of kernel.multiply, x and w as given."""
-  on, axis = _chip(), 2 if transposed else 1
+  on, axis = blocks_lib.chip_with_fp8(), 2 if transposed else 1
   out_dtype, blocks = options['out_dtype'], options['blocks']
   n = w.shape[3 - axis]
   k_up, n_up = _up(w.shape[axis]), _up(n)
@@ -286,16 +285,6 @@ def _padded(x, axis):
 
 def _up(size):
   return -(-size // _SIZE) * _SIZE
-
-
-def _chip():
-  on = blocks_lib.chip()
-  if on.generation < _OLDEST:
-    raise ValueError(
-      f'implementation=pallas needs a TPU v{_OLDEST} or later: matrix units of '
-      f'v{on.generation} do not take float8_e4m3fn'
-    )
-  return on
 
 
 def _interpreted(interpret):

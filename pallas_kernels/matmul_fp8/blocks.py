@@ -24,6 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 LANES = 128
 CHUNK = 256  # Rows of a in one product; columns of b are LANES.
 _MIB = 2**20
+_OLDEST = 5  # Generation of TPUs whose matrix units take e4m3.
 # Cycles of the matrix units in one piece of straight-line code: about 500 are
 # lost at its ends, but it takes long to compile.
 _CYCLES = 7168
@@ -61,6 +62,17 @@ def chip() -> Chip:
   except ValueError:
     return ANY_CHIP
   return Chip(info.generation, info.vmem_capacity_bytes, info.num_cores)
+
+
+def chip_with_fp8() -> Chip:
+  """The same; raises ValueError for a TPU that does not multiply e4m3."""
+  on = chip()
+  if on.generation < _OLDEST:
+    raise ValueError(
+      f'implementation=pallas needs a TPU v{_OLDEST} or later: matrix units of '
+      f'v{on.generation} do not take float8_e4m3fn'
+    )
+  return on
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,6 @@ from pallas_kernels.quantize_fp8 import ops as quantize_fp8_ops
 
 IMPLEMENTATIONS = ('pallas', 'xla', 'reference')
 _SIZE = quantize_fp8_ops.SIZE
-_OLDEST = 5  # Generation of TPUs whose matrix units take e4m3.
 
 
 def matmul_fp8(
@@ -88,12 +87,7 @@ def _xla(a_mk, b_kn):
 
 
 def _pallas(a, b, contract, out_dtype, accumulate, blocks, interpret):
-  generation = blocks_lib.chip().generation
-  if generation < _OLDEST:
-    raise ValueError(
-      f'implementation=pallas needs a TPU v{_OLDEST} or later: matrix units of '
-      f'v{generation} do not take float8_e4m3fn'
-    )
+  blocks_lib.chip_with_fp8()  # Or it raises.
   if b.tile[1 - contract[1]] == 1:
     # As many scales on either side: what is computed transposed is the result.
     return _multiply(

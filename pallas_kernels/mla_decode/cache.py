@@ -11,10 +11,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.quantize_fp8 import ops as quantize_fp8_ops
+
 ROPE_TOKENS = 4  # That share a row.
-SCALE_CHANNELS = 128  # That share a scale.
-_LARGEST = 448.0  # Of e4m3.
-_LEAST_AMAX = 1e-4  # Zeros must not have the scale 0.
+SCALE_CHANNELS = quantize_fp8_ops.SIZE  # That share a scale.
 
 
 @jax.tree_util.register_dataclass
@@ -59,21 +59,10 @@ def quantize(cache: LatentCache) -> LatentCache:
 
   Source: FlashMLA's FP8 cache.
   """
-  N, P, C = cache.latent_NPC.shape
-  x_NPJc = cache.latent_NPC.astype(jnp.float32).reshape(
-    N, P, -1, SCALE_CHANNELS
+  latent = quantize_fp8_ops.quantize(
+    cache.latent_NPC, quantize_fp8_ops.ROWS, power_of_two=True
   )
-  amax_NPJ = jnp.maximum(jnp.abs(x_NPJc).max(-1), _LEAST_AMAX)
-  # From the bits, as log2 rounds: x = mantissa · 2^exponent, mantissa >= 1/2.
-  mantissa_NPJ, exponent_NPJ = jnp.frexp(amax_NPJ / _LARGEST)
-  exponent_NPJ -= (mantissa_NPJ == 0.5).astype(exponent_NPJ.dtype)
-  scale_NPJ = jnp.ldexp(jnp.ones_like(amax_NPJ), exponent_NPJ)
-  x_NPJc = jnp.clip(x_NPJc / scale_NPJ[..., None], -_LARGEST, _LARGEST)
-  return LatentCache(
-    x_NPJc.reshape(N, P, C).astype(jnp.float8_e4m3fn),
-    cache.rope_NIL,
-    scale_NPJ.swapaxes(1, 2),
-  )
+  return LatentCache(latent.q, cache.rope_NIL, latent.scale.swapaxes(1, 2))
 
 
 def unpack(cache: LatentCache) -> jax.Array:

@@ -9,9 +9,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.quantize_fp8 import ops as quantize_fp8_ops
+
 _LANES = 128
-_LARGEST = 448.0  # Of e4m3.
-_LEAST_AMAX = 1e-4  # Zeros must not have the scale 0.
 
 
 @jax.tree_util.register_dataclass
@@ -107,11 +107,5 @@ def quantize_keys(x_ZI: jax.Array) -> tuple[jax.Array, jax.Array]:
 
   Source: DeepSeek-V3.2-Exp, the indexer of its inference code.
   """
-  x_ZI = x_ZI.astype(jnp.float32)
-  amax_Z = jnp.maximum(jnp.abs(x_ZI).max(-1), _LEAST_AMAX)
-  # From the bits, as log2 rounds: x = mantissa · 2^exponent, mantissa >= 1/2.
-  mantissa_Z, exponent_Z = jnp.frexp(amax_Z / _LARGEST)
-  exponent_Z -= (mantissa_Z == 0.5).astype(exponent_Z.dtype)
-  scale_Z = jnp.ldexp(jnp.ones_like(amax_Z), exponent_Z)
-  x_ZI = jnp.clip(x_ZI / scale_Z[..., None], -_LARGEST, _LARGEST)
-  return x_ZI.astype(jnp.float8_e4m3fn), scale_Z
+  keys = quantize_fp8_ops.quantize(x_ZI, (1, 0), power_of_two=True)
+  return keys.q, keys.scale[..., 0]

@@ -12,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.grouped_matmul import plan
 from pallas_kernels.grouped_matmul_fp8 import blocks as blocks_lib
 from pallas_kernels.grouped_matmul_fp8 import cases, ops
+from pallas_kernels.matmul_fp8 import blocks as matmul_fp8_blocks
 from pallas_kernels.quantize_fp8 import ops as quantize
 
 # Of interpreted kernels: reads before a copy is there, writes before it left.
@@ -274,7 +275,7 @@ def test_what_does_not_fit_is_named(monkeypatch):
   wide = blocks_lib.OuterSizes((128,), 256, 128, 128, 128, 1)
   named('width_k=256 does not divide k=128', outer, blocks=wide)
   v4 = blocks_lib.Chip(4, 16 << 20, 2)
-  monkeypatch.setattr(blocks_lib, 'chip', lambda: v4)
+  monkeypatch.setattr(matmul_fp8_blocks, 'chip', lambda: v4)
   named('needs a TPU v5 or later.*v4 do not', multiply)
 
 
